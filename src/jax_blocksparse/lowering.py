@@ -1,0 +1,69 @@
+"""How each platform runs the primitives: native custom calls on cpu and cuda, plain XLA elsewhere."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.export import DisabledSafetyCheck
+from jax.interpreters import mlir
+
+from jax_blocksparse import _native, reference
+from jax_blocksparse.primitives import matmul_p, sddmm_p
+
+DISABLED_EXPORT_CHECKS = (
+    DisabledSafetyCheck.custom_call(_native.MATMUL_TARGET),
+    DisabledSafetyCheck.custom_call(_native.SDDMM_TARGET),
+)
+"""For `jax.export.export(f, disabled_checks=...)`, which refuses custom calls that it does not know.
+
+A program exported so needs `import jax_blocksparse` before it runs; the names of the custom calls carry a version, and
+a later release keeps the old ones.
+"""
+
+_DTYPES = {"cpu": ("float32", "float64", "bfloat16", "float16"), "cuda": ("float32", "bfloat16", "float16")}
+
+
+def _matmul_call(ctx, x, data, rows, cols, col_ptr, col_order, row_ptr, row_order, *, transpose, **_):
+    names = ("x", "data", "rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order")
+    avals = dict(zip(names, ctx.avals_in, strict=True))
+    values = dict(zip(names, (x, data, rows, cols, col_ptr, col_order, row_ptr, row_order), strict=True))
+    used = ("x", "data", *(("row_ptr", "row_order", "cols") if transpose else ("col_ptr", "col_order", "rows")))
+    ctx = ctx.replace(avals_in=[avals[name] for name in used])
+    return jax.ffi.ffi_lowering(_native.MATMUL_TARGET)(ctx, *(values[name] for name in used), transpose=transpose)
+
+
+def _sddmm_call(ctx, x, dy, rows, cols, *_, **__):
+    return jax.ffi.ffi_lowering(_native.SDDMM_TARGET)(ctx.replace(avals_in=ctx.avals_in[:4]), x, dy, rows, cols)
+
+
+def _rule(platform: str, native_call: Callable[..., Any] | None, reason: str, plain: Callable[..., Any]) -> Any:
+    """The lowering rule of one primitive for one platform; `native_call` is None where there is no native kernel."""
+    fallback = mlir.lower_fun(plain, multiple_results=False)
+
+    def rule(ctx, *operands, implementation, precision, **params):
+        dtype = str(ctx.avals_in[0].dtype)
+        missing = reason if native_call is None else ""
+        if not missing and dtype not in _DTYPES[platform]:
+            missing = f"the native kernels for {platform} take {', '.join(_DTYPES[platform])}, not {dtype}"
+        if implementation == "native" and missing:
+            raise NotImplementedError(f"implementation='native' was asked for, but {missing}")
+        if implementation == "xla" or missing:
+            return fallback(ctx, *operands, precision=precision, **params)
+        return native_call(ctx, *operands, **params)
+
+    return rule
+
+
+for _primitive, _call, _plain in (
+    (matmul_p, _matmul_call, reference.matmul),
+    (sddmm_p, _sddmm_call, reference.sddmm),
+):
+    mlir.register_lowering(
+        _primitive, _rule("other", None, "native kernels exist for the platforms cpu and cuda only", _plain)
+    )
+    for _platform, _availability in (("cpu", _native.has_cpu()), ("cuda", _native.has_cuda())):
+        mlir.register_lowering(
+            _primitive,
+            _rule(_platform, _call if _availability else None, _availability.reason, _plain),
+            platform=_platform,
+        )

@@ -1,0 +1,203 @@
+"""The public products: check and name every argument, promote dtypes, flatten leading dimensions."""
+
+import functools
+import math
+from typing import TYPE_CHECKING, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_blocksparse import lowering as _lowering  # noqa: F401  (registers the rules)
+from jax_blocksparse.pattern import BlockPattern
+from jax_blocksparse.primitives import bind, matmul_p, sddmm_p
+
+if TYPE_CHECKING:
+    from jax_blocksparse.matrix import BlockSparseMatrix
+
+Implementation = Literal["native", "xla"]
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def matmul(
+    x: ArrayLike,
+    w: "BlockSparseMatrix",
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """The product x @ w of a dense array with a block-sparse matrix, with any leading dimensions.
+
+    Sums are accumulated in float32 (float64 for float64). Differentiable to any order in `x` and `w.data`; cotangents
+    are rounded to the dtype of the operands, as XLA rounds the operands of a dense product.
+
+    Args:
+      x: (..., K), float32, float64, bfloat16 or float16.
+      w: (K, N), a BlockSparseMatrix.
+      precision: as in `jnp.dot`, for what runs in plain XLA. The native kernels compute float32 as float32, which
+        satisfies every precision.
+      preferred_element_type: dtype of the result: that of the promoted inputs (default), or float32 for 16-bit inputs.
+      implementation: "native" (the custom calls; an error where there is none), "xla" (plain jax.numpy), or None:
+        native where it exists.
+
+    Returns:
+      (..., N), in the promoted dtype of x and w or the preferred one.
+
+    Raises:
+      ValueError: if sizes, dtypes or options do not fit.
+      TypeError: if x or w is not an array, respectively a BlockSparseMatrix, of floats.
+      NotImplementedError: at compilation, if `implementation="native"` and there is no native kernel.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_blocksparse as jbs
+      >>> w = jbs.BlockSparseMatrix.fromdense(jnp.eye(64), block_size=16)
+      >>> jbs.matmul(jnp.ones((2, 3, 64)), w).shape
+      (2, 3, 64)
+    """
+    from jax_blocksparse.matrix import BlockSparseMatrix
+
+    if not isinstance(w, BlockSparseMatrix):
+        raise TypeError(f"w must be a BlockSparseMatrix, got {type(w).__name__}; for w @ x write so, with the operator")
+    x = _as_floats("x", x)
+    pattern = w.pattern
+    _check_pattern("w.pattern", pattern)
+    data = _as_floats("w.data", w.data)
+    block = (pattern.nnz, pattern.block_size, pattern.block_size)
+    if data.shape != block:
+        raise ValueError(f"w.data must have shape (nnz, block_size, block_size) = {block}, got {data.shape}")
+    if x.ndim == 0 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"x must have {w.shape[0]} features (w has shape {w.shape}) in its last axis, got {x.shape}")
+    dtype = jnp.promote_types(x.dtype, data.dtype)
+    return _matmul(
+        x.astype(dtype),
+        data.astype(dtype),
+        *pattern.indices,
+        transpose=w.transposed,
+        shape=pattern.shape,
+        out_dtype=_out_dtype(dtype, preferred_element_type),
+        precision=_precision(precision),
+        implementation=_implementation(implementation),
+    )
+
+
+def sddmm(
+    x: ArrayLike,
+    dy: ArrayLike,
+    pattern: BlockPattern,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """The blocks of x.T @ dy that a pattern asks for: a sampled dense-dense product, the gradient of `w.data`.
+
+    Args:
+      x: (..., K), float32, float64, bfloat16 or float16.
+      dy: (..., N), with the same leading dimensions, which are all summed over.
+      pattern: the blocks wanted of the (K, N) product.
+      precision: as in `matmul`.
+      preferred_element_type: as in `matmul`.
+      implementation: as in `matmul`.
+
+    Returns:
+      (nnz, b, b): block `z` of the product at `(pattern.rows[z], pattern.cols[z])`; zeros for inert entries and for
+      what lies outside the matrix.
+
+    Raises:
+      ValueError: if sizes, dtypes or options do not fit.
+      TypeError: if x or dy is not an array of floats, or pattern no BlockPattern.
+      NotImplementedError: at compilation, if `implementation="native"` and there is no native kernel.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_blocksparse as jbs
+      >>> pattern = jbs.BlockPattern.from_coordinates([0, 2], [1, 0], shape=(24, 16), block_size=8)
+      >>> jbs.sddmm(jnp.ones((5, 24)), jnp.ones((5, 16)), pattern)[0, 0, 0]
+      Array(5., dtype=float32)
+    """
+    _check_pattern("pattern", pattern)
+    x, dy = _as_floats("x", x), _as_floats("dy", dy)
+    for name, array, features in (("x", x, pattern.shape[0]), ("dy", dy, pattern.shape[1])):
+        if array.ndim == 0 or array.shape[-1] != features:
+            raise ValueError(f"{name} must have {features} features in its last axis for {pattern}, got {array.shape}")
+    if x.shape[:-1] != dy.shape[:-1]:
+        raise ValueError(f"x and dy must have the same leading dimensions, got {x.shape} and {dy.shape}")
+    dtype = jnp.promote_types(x.dtype, dy.dtype)
+    return _sddmm(
+        x.astype(dtype),
+        dy.astype(dtype),
+        *pattern.indices,
+        block_size=pattern.block_size,
+        shape=pattern.shape,
+        out_dtype=_out_dtype(dtype, preferred_element_type),
+        precision=_precision(precision),
+        implementation=_implementation(implementation),
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("transpose", "shape", "out_dtype", "precision", "implementation"), inline=True
+)
+def _matmul(x, data, *indices, **params):
+    y = bind(matmul_p, _rows(x)[None], data[None], *(index[None] for index in indices), **params)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@functools.partial(
+    jax.jit, static_argnames=("block_size", "shape", "out_dtype", "precision", "implementation"), inline=True
+)
+def _sddmm(x, dy, *indices, **params):
+    return bind(sddmm_p, _rows(x)[None], _rows(dy)[None], *(index[None] for index in indices), **params)[0]
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _as_floats(name: str, array: ArrayLike) -> jax.Array:
+    try:
+        array = jnp.asarray(array)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}") from error
+    if array.dtype.name not in _DTYPES:
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(_DTYPES)}, got {array.dtype}")
+    return array
+
+
+def _check_pattern(name: str, pattern: BlockPattern) -> None:
+    """The index arrays must have the sizes that shape and block size imply; a restored checkpoint may not."""
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"{name} must be a BlockPattern, got {type(pattern).__name__}")
+    grid, nnz = pattern.grid, pattern.rows.shape
+    wanted = (nnz, nnz, (grid[1] + 1,), nnz, (grid[0] + 1,), nnz)
+    got = tuple(index.shape for index in pattern.indices)
+    if len(nnz) != 1 or got != wanted:
+        raise ValueError(
+            f"{name} is {pattern}, whose rows, cols, col_ptr, col_order, row_ptr, row_order must have shapes {wanted}, "
+            f"got {got}; was it made for another shape or block size, or stacked without vmap?"
+        )
+
+
+def _out_dtype(dtype: jnp.dtype, preferred: DTypeLike | None) -> str:
+    allowed = (dtype.name,) if dtype.itemsize > 2 else (dtype.name, "float32")
+    name = dtype.name if preferred is None else jnp.dtype(preferred).name
+    if name not in allowed:
+        raise ValueError(f"preferred_element_type must be {' or '.join(allowed)} for {dtype} inputs, got {name}")
+    return name
+
+
+def _precision(precision: jax.lax.PrecisionLike) -> jax.lax.Precision | None:
+    if precision is None or isinstance(precision, jax.lax.Precision):
+        return precision
+    try:
+        return jax.lax.Precision(precision)
+    except ValueError:
+        names = ", ".join(repr(each.name.lower()) for each in jax.lax.Precision)
+        raise ValueError(f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}") from None
+
+
+def _implementation(implementation: Implementation | None) -> Implementation | None:
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"implementation must be None, 'native' or 'xla', got {implementation!r}")
+    return implementation

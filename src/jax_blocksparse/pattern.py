@@ -1,0 +1,265 @@
+"""BlockPattern: where the blocks of a block-sparse matrix are, and the orders kernels walk them in."""
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+BLOCK_SIZES = (8, 16, 32, 64, 128)
+"""The block sizes that the native kernels have."""
+
+
+def is_concrete(*arrays: ArrayLike) -> bool:
+    """True if none of the arrays is being traced, so that their values can be looked at."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def check_geometry(shape: Sequence[int], block_size: int) -> tuple[tuple[int, int], int]:
+    """Returns shape and block size as plain ints, or raises ValueError naming what is wrong with them."""
+    try:
+        k, n = (operator.index(size) for size in shape)
+    except (TypeError, ValueError):
+        raise ValueError(f"shape must be two integers (in_features, out_features), got {shape!r}") from None
+    if k < 1 or n < 1:
+        raise ValueError(f"shape must have positive sizes, got {(k, n)}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
+    return (k, n), int(block_size)
+
+
+def block_grid(shape: tuple[int, int], block_size: int) -> tuple[int, int]:
+    """(block rows, block columns) that cover a matrix of `shape`."""
+    return -(-shape[0] // block_size), -(-shape[1] // block_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BlockPattern:
+    """The positions of the non-zero blocks of a matrix of `shape` (K, N), cut into square blocks.
+
+    Block `z` covers rows `rows[z] * b` to `(rows[z] + 1) * b` and columns `cols[z] * b` to `(cols[z] + 1) * b`. Which
+    block has which id means nothing: moving a block changes two integers and no values. The other leaves are derived
+    orders, so a pattern is made by `from_coordinates`, `from_mask` or a generator of `jax_blocksparse.patterns`, not by
+    calling the class.
+
+    All index arrays are pytree leaves: a jitted function takes another pattern with as many blocks without compiling
+    again, and patterns can be scanned and vmapped over. Shape and block size are static.
+
+    A matrix whose size is no multiple of the block size has blocks that reach beyond it; what lies outside the matrix
+    reads as zero and stays zero. An entry with `rows[z] == grid[0]` is inert: it stands for no block, which lets
+    patterns of several sizes share one array size.
+
+    Attributes:
+      rows: (nnz,) int32, the block row of each block.
+      cols: (nnz,) int32, the block column of each block.
+      col_ptr: (grid[1] + 1,) int32; block column c owns `col_order[col_ptr[c]:col_ptr[c + 1]]`.
+      col_order: (nnz,) int32, block ids sorted by (column, row), inert ones last.
+      row_ptr: (grid[0] + 1,) int32; block row r owns `row_order[row_ptr[r]:row_ptr[r + 1]]`.
+      row_order: (nnz,) int32, block ids sorted by (row, column), inert ones last.
+      shape: (K, N), the size of the matrix in elements; static.
+      block_size: b, one of `BLOCK_SIZES`; static.
+    """
+
+    rows: jax.Array
+    cols: jax.Array
+    col_ptr: jax.Array
+    col_order: jax.Array
+    row_ptr: jax.Array
+    row_order: jax.Array
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    block_size: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def from_coordinates(
+        cls,
+        rows: ArrayLike,
+        cols: ArrayLike,
+        *,
+        shape: Sequence[int],
+        block_size: int,
+        capacity: int | None = None,
+    ) -> "BlockPattern":
+        """Makes the pattern with a block at each (rows[z], cols[z]), in block units.
+
+        Args:
+          rows: (nnz,) integers in [0, ceil(K / block_size)); the value one past the end marks an inert entry.
+          cols: (nnz,) integers in [0, ceil(N / block_size)), or anything where the entry is inert.
+          shape: (K, N) of the matrix, in elements.
+          block_size: one of `BLOCK_SIZES`.
+          capacity: pads the pattern with inert entries to this many.
+
+        Raises:
+          ValueError: if shape, block size or capacity make no sense, the arrays are not one-dimensional and equally
+            long, or (where the values are known, i.e. outside jit) a position is out of range or occurs twice.
+          TypeError: if the arrays do not hold integers.
+
+        Example:
+          >>> import jax_blocksparse as jbs
+          >>> pattern = jbs.BlockPattern.from_coordinates([0, 1, 1], [0, 0, 2], shape=(32, 48), block_size=16)
+          >>> pattern.nnz, pattern.grid
+          (3, (2, 3))
+        """
+        shape, block_size = check_geometry(shape, block_size)
+        concrete = is_concrete(rows, cols)
+        xp = np if concrete else jnp
+        rows, cols = xp.asarray(rows), xp.asarray(cols)
+        for name, array in (("rows", rows), ("cols", cols)):
+            if array.size and not np.issubdtype(array.dtype, np.integer):
+                raise TypeError(f"{name} must hold integers, got dtype {array.dtype}")
+        if rows.ndim != 1 or rows.shape != cols.shape:
+            raise ValueError(f"rows and cols must be one-dimensional and equally long, got {rows.shape}, {cols.shape}")
+        grid = block_grid(shape, block_size)
+        if concrete:
+            _check_positions(rows, cols, grid)
+        rows, cols = rows.astype(np.int32), cols.astype(np.int32)
+        if capacity is not None:
+            missing = capacity - rows.shape[0]
+            if missing < 0:
+                raise ValueError(f"capacity must be at least the number of blocks {rows.shape[0]}, got {capacity}")
+            rows = xp.pad(rows, (0, missing), constant_values=grid[0])
+            cols = xp.pad(cols, (0, missing), constant_values=grid[1])
+        leaves = (rows, cols, *_orders(xp, rows, cols, grid))
+        if concrete:
+            # Even inside jit, what the host knows stays known: layers look at their pattern when they initialise.
+            with jax.ensure_compile_time_eval():
+                leaves = tuple(jnp.asarray(leaf) for leaf in leaves)
+        return cls(*leaves, shape=shape, block_size=block_size)
+
+    @classmethod
+    def from_mask(
+        cls, mask: np.ndarray, *, block_size: int, shape: Sequence[int] | None = None, capacity: int | None = None
+    ) -> "BlockPattern":
+        """Makes the pattern with a block wherever `mask` is true.
+
+        Args:
+          mask: (ceil(K / block_size), ceil(N / block_size)) booleans, known on the host.
+          block_size: one of `BLOCK_SIZES`.
+          shape: (K, N) of the matrix, in elements; by default the whole grid, `mask.shape` times the block size.
+          capacity: pads the pattern with inert entries to this many.
+
+        Raises:
+          ValueError: if the mask is not two-dimensional or does not fit the shape.
+          jax.errors.TracerArrayConversionError: under jit, where the number of blocks is not known.
+
+        Example:
+          >>> import jax_blocksparse as jbs, numpy as np
+          >>> jbs.BlockPattern.from_mask(np.eye(4, dtype=bool), block_size=32).shape
+          (128, 128)
+        """
+        mask = np.asarray(mask, dtype=bool)
+        if mask.ndim != 2:
+            raise ValueError(f"mask must have two dimensions, got shape {mask.shape}")
+        if shape is None:
+            shape = tuple(size * block_size for size in mask.shape)
+        shape, block_size = check_geometry(shape, block_size)
+        if mask.shape != block_grid(shape, block_size):
+            raise ValueError(
+                f"mask must have shape {block_grid(shape, block_size)} for a matrix of shape {shape} in blocks of "
+                f"{block_size}, got {mask.shape}"
+            )
+        cols, rows = np.nonzero(mask.T)
+        return cls.from_coordinates(rows, cols, shape=shape, block_size=block_size, capacity=capacity)
+
+    @property
+    def nnz(self) -> int:
+        """Number of blocks stored, inert entries included."""
+        return self.rows.shape[-1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(block rows, block columns): the shape in blocks, rounded up."""
+        return block_grid(self.shape, self.block_size)
+
+    @property
+    def density(self) -> float:
+        """Stored blocks over all blocks of the grid."""
+        return self.nnz / (self.grid[0] * self.grid[1])
+
+    @property
+    def T(self) -> "BlockPattern":  # noqa: N802
+        """The pattern of the transposed matrix: the same arrays under swapped names."""
+        return BlockPattern(
+            rows=self.cols,
+            cols=self.rows,
+            col_ptr=self.row_ptr,
+            col_order=self.row_order,
+            row_ptr=self.col_ptr,
+            row_order=self.col_order,
+            shape=self.shape[::-1],
+            block_size=self.block_size,
+        )
+
+    @property
+    def indices(self) -> tuple[jax.Array, ...]:
+        """The index arrays in the order in which the primitives take them."""
+        return self.rows, self.cols, self.col_ptr, self.col_order, self.row_ptr, self.row_order
+
+    def mask(self) -> np.ndarray:
+        """Returns a (grid[0], grid[1]) boolean array on the host, true where a block is.
+
+        Raises:
+          jax.errors.TracerArrayConversionError: under jit, where the positions are not known.
+
+        Example:
+          >>> import jax_blocksparse as jbs
+          >>> jbs.BlockPattern.from_coordinates([0], [1], shape=(16, 16), block_size=8).mask().tolist()
+          [[False, True], [False, False]]
+        """
+        rows, cols = np.asarray(self.rows), np.asarray(self.cols)
+        live = _live(rows, cols, self.grid)
+        mask = np.zeros(self.grid, dtype=bool)
+        mask[rows[live], cols[live]] = True
+        return mask
+
+    def __repr__(self) -> str:
+        k, n = self.shape
+        return f"BlockPattern({k}x{n}, block_size={self.block_size}, nnz={self.nnz}, density={self.density:.3g})"
+
+
+def same_pattern(a: BlockPattern, b: BlockPattern) -> bool:
+    """True if both patterns are known to have the same blocks under the same ids."""
+    if (a.shape, a.block_size, a.rows.shape) != (b.shape, b.block_size, b.rows.shape):
+        return False
+    if a.rows is b.rows and a.cols is b.cols:
+        return True
+    if not is_concrete(a.rows, a.cols, b.rows, b.cols):
+        return False
+    return np.array_equal(a.rows, b.rows) and np.array_equal(a.cols, b.cols)
+
+
+def _live(rows: jax.Array, cols: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Where an entry stands for a block of the grid; the one definition of inert."""
+    return (rows >= 0) & (rows < grid[0]) & (cols >= 0) & (cols < grid[1])
+
+
+def _orders(xp: ModuleType, rows: jax.Array, cols: jax.Array, grid: tuple[int, int]) -> tuple[jax.Array, ...]:
+    """(col_ptr, col_order, row_ptr, row_order), by NumPy on the host or jax.numpy under jit."""
+    live = _live(rows, cols, grid)
+    rows, cols = xp.where(live, rows, grid[0]), xp.where(live, cols, grid[1])
+
+    def walk(outer: jax.Array, inner: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        order = xp.lexsort((inner, outer))
+        ptr = xp.searchsorted(outer[order], xp.arange(size + 1, dtype=np.int32))
+        return ptr.astype(np.int32), order.astype(np.int32)
+
+    return *walk(cols, rows, grid[1]), *walk(rows, cols, grid[0])
+
+
+def _check_positions(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:
+    placed = rows != grid[0]
+    outside = placed & ~_live(rows, cols, grid)
+    if outside.any():
+        z = int(outside.argmax())
+        raise ValueError(
+            f"block {z} is at (rows, cols) = ({rows[z]}, {cols[z]}), outside the grid of {grid[0]} x {grid[1]} blocks"
+        )
+    positions = rows[placed].astype(np.int64) * grid[1] + cols[placed]
+    unique, counts = np.unique(positions, return_counts=True)
+    if (counts > 1).any():
+        row, col = divmod(int(unique[counts.argmax()]), grid[1])
+        raise ValueError(f"the block at (rows, cols) = ({row}, {col}) is given {counts.max()} times; give it once")
