@@ -8,6 +8,7 @@ from jax.export import DisabledSafetyCheck
 from jax.interpreters import mlir
 
 from jax_blocksparse import _native, reference
+from jax_blocksparse.pattern import INDEX_NAMES
 from jax_blocksparse.primitives import matmul_p, sddmm_p
 
 DISABLED_EXPORT_CHECKS = (
@@ -23,13 +24,13 @@ a later release keeps the old ones.
 _DTYPES = {"cpu": ("float32", "float64", "bfloat16", "float16"), "cuda": ("float32", "bfloat16", "float16")}
 
 
-def _matmul_call(ctx, x, data, rows, cols, col_ptr, col_order, row_ptr, row_order, *, transpose, **_):
-    names = ("x", "data", "rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order")
-    avals = dict(zip(names, ctx.avals_in, strict=True))
-    values = dict(zip(names, (x, data, rows, cols, col_ptr, col_order, row_ptr, row_order), strict=True))
+def _matmul_call(ctx, *operands, transpose, **_):
+    names = ("x", "data", *INDEX_NAMES)
     used = ("x", "data", *(("row_ptr", "row_order", "cols") if transpose else ("col_ptr", "col_order", "rows")))
-    ctx = ctx.replace(avals_in=[avals[name] for name in used])
-    return jax.ffi.ffi_lowering(_native.MATMUL_TARGET)(ctx, *(values[name] for name in used), transpose=transpose)
+    places = [names.index(name) for name in used]
+    ctx = ctx.replace(avals_in=[ctx.avals_in[place] for place in places])
+    call = jax.ffi.ffi_lowering(_native.MATMUL_TARGET)
+    return call(ctx, *(operands[place] for place in places), transpose=transpose)
 
 
 def _sddmm_call(ctx, x, dy, rows, cols, *_, **__):

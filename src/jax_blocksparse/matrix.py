@@ -254,8 +254,10 @@ class BlockSparseMatrix:
         return dataclasses.replace(self, data=operation(self.data, other.data))
 
     def __repr__(self) -> str:
-        k, n = self.shape
         view = ", transposed view" if self.transposed else ""
+        if not hasattr(self.data, "dtype"):  # the leaves are not arrays, for example after jax.tree.map(jnp.shape, w)
+            return f"BlockSparseMatrix(data={self.data}, pattern={self.pattern}{view})"
+        k, n = self.shape
         return (
             f"BlockSparseMatrix({k}x{n}, {self.dtype}, block_size={self.block_size}, nnz={self.nnz}, "
             f"density={self.density:.3g}{view})"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse import lowering as _lowering  # noqa: F401  (registers the rules)
-from jax_blocksparse.pattern import BlockPattern
+from jax_blocksparse.pattern import INDEX_NAMES, BlockPattern
 from jax_blocksparse.primitives import bind, matmul_p, sddmm_p
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _check_pattern(name: str, pattern: BlockPattern) -> None:
     got = tuple(index.shape for index in pattern.indices)
     if len(nnz) != 1 or got != wanted:
         raise ValueError(
-            f"{name} is {pattern}, whose rows, cols, col_ptr, col_order, row_ptr, row_order must have shapes {wanted}, "
+            f"{name} is {pattern}, whose {', '.join(INDEX_NAMES)} must have shapes {wanted}, "
             f"got {got}; was it made for another shape or block size, or stacked without vmap?"
         )
 

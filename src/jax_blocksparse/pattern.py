@@ -13,6 +13,9 @@ from jax.typing import ArrayLike
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 """The block sizes that the native kernels have."""
 
+INDEX_NAMES = ("rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order")
+"""The leaves of a BlockPattern."""
+
 
 def is_concrete(*arrays: ArrayLike) -> bool:
     """True if none of the arrays is being traced, so that their values can be looked at."""
@@ -196,8 +199,8 @@ class BlockPattern:
 
     @property
     def indices(self) -> tuple[jax.Array, ...]:
-        """The index arrays in the order in which the primitives take them."""
-        return self.rows, self.cols, self.col_ptr, self.col_order, self.row_ptr, self.row_order
+        """The index arrays in the order of `INDEX_NAMES`, in which the primitives take them."""
+        return tuple(getattr(self, name) for name in INDEX_NAMES)
 
     def mask(self) -> np.ndarray:
         """Returns a (grid[0], grid[1]) boolean array on the host, true where a block is.
@@ -218,7 +221,11 @@ class BlockPattern:
 
     def __repr__(self) -> str:
         k, n = self.shape
-        return f"BlockPattern({k}x{n}, block_size={self.block_size}, nnz={self.nnz}, density={self.density:.3g})"
+        if hasattr(self.rows, "shape"):
+            blocks = f"nnz={self.nnz}, density={self.density:.3g}"
+        else:  # the leaves are not arrays, for example after jax.tree.map(jnp.shape, pattern)
+            blocks = f"indices={self.indices}"
+        return f"BlockPattern({k}x{n}, block_size={self.block_size}, {blocks})"
 
 
 def same_pattern(a: BlockPattern, b: BlockPattern) -> bool:

@@ -51,8 +51,8 @@ def random(
         with jax.ensure_compile_time_eval():
             noise = jax.random.bits(jax.random.key(operator.index(seed)), (n, k), np.uint32)
     if distribution == "bernoulli":
-        mask = np.asarray(noise).T < density * 2.0**32
-        return BlockPattern.from_mask(mask, shape=shape, block_size=block_size)
+        kept = np.less(np.asarray(noise).T, density * 2.0**32)
+        return BlockPattern.from_mask(kept, shape=shape, block_size=block_size)
     fan_in = max(1, round(density * k))
     xp = np if is_concrete(noise) else jnp
     rows = xp.sort(xp.argsort(xp.asarray(noise), axis=1, stable=True)[:, :fan_in], axis=1)

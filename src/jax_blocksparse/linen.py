@@ -1,0 +1,119 @@
+"""Block-sparse layers for Flax linen."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import dtypes
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_blocksparse.initializers import Initializer, init_blocks
+from jax_blocksparse.layers import choose_pattern
+from jax_blocksparse.matrix import BlockSparseMatrix
+from jax_blocksparse.ops import Implementation, matmul
+from jax_blocksparse.pattern import INDEX_NAMES, BlockPattern
+
+PATTERN_COLLECTION = "sparsity"
+"""The variable collection that holds the index arrays of the patterns."""
+
+
+class BlockSparseDense(nn.Module):
+    """`nn.Dense` with a block-sparse kernel: the same attributes, dtype promotion and use of random keys.
+
+    At density 1 it computes what `nn.Dense` computes. The index arrays of the pattern are variables of the collection
+    "sparsity": keep them beside "params" in checkpoints and in `apply`, and out of the optimizer. A lifted transform
+    that stacks layers (`nn.scan`, `nn.vmap`) needs `variable_axes={"params": 0, "sparsity": 0}`.
+
+    Attributes:
+      features: the number of output features.
+      use_bias: whether to add a bias to the output.
+      dtype: the dtype of the computation; by default that of input and parameters, promoted.
+      param_dtype: the dtype of the parameters.
+      precision: see `jax_blocksparse.matmul`.
+      kernel_init: initialiser of the kernel; it sees the fan-in that each output really has (see
+        `jax_blocksparse.initializers.init_blocks`).
+      bias_init: initialiser of the bias.
+      promote_dtype: as in `nn.Dense`.
+      dot_general: must be None: the product is not a dense one.
+      dot_general_cls: must be None, likewise.
+      block_size: rows and columns of a block, one of `jax_blocksparse.BLOCK_SIZES`; by default the pattern's, or 32.
+      density: fraction of the blocks to keep, in (0, 1], at random places, equally many for each output (see
+        `jax_blocksparse.patterns.random`). The places follow from the kernel's random key.
+      pattern: where the blocks are, instead of block_size and density.
+      implementation: see `jax_blocksparse.matmul`.
+
+    Raises:
+      ValueError: if density and pattern are both given or both missing, if pattern or input has another size, if block
+        size or density is out of range, if a dot_general is given, or if the collection "sparsity" is missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_blocksparse.linen import BlockSparseDense
+      >>> layer = BlockSparseDense(512, density=0.25)
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((8, 256)))
+      >>> layer.apply(variables, jnp.ones((8, 256))).shape, variables["params"]["kernel"].shape
+      ((8, 512), (32, 32, 32))
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()  # noqa: RUF009 (as in nn.Dense)
+    bias_init: Initializer = nn.initializers.zeros_init()  # noqa: RUF009
+    promote_dtype: Any = dtypes.promote_dtype
+    dot_general: Any = None
+    dot_general_cls: Any = None
+    block_size: int | None = None
+    density: float | None = None
+    pattern: BlockPattern | None = None
+    implementation: Implementation | None = None
+
+    @nn.compact
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
+        """Applies the layer to the last axis.
+
+        Args:
+          inputs: (..., in_features).
+
+        Returns:
+          (..., features).
+        """
+        if self.dot_general is not None or self.dot_general_cls is not None:
+            raise ValueError("dot_general and dot_general_cls must be None: the product is not dense")
+        shape = (jnp.shape(inputs)[-1], self.features)
+        pattern = self._stored_pattern(shape)
+
+        def init_kernel(key: jax.Array) -> jax.Array:
+            nonlocal pattern
+            if pattern is None:
+                pattern = choose_pattern(shape, self.block_size, self.density, self.pattern, key)
+            return init_blocks(self.kernel_init, key, pattern, self.param_dtype)
+
+        kernel = self.param("kernel", init_kernel)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        for name in INDEX_NAMES:
+            self.variable(PATTERN_COLLECTION, name, getattr, pattern, name)
+        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        y = matmul(
+            inputs,
+            BlockSparseMatrix(kernel, pattern),
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+        return y if bias is None else y + bias
+
+    def _stored_pattern(self, shape: tuple[int, int]) -> BlockPattern | None:
+        """The pattern in the variables, or None while the layer is being initialised."""
+        if not self.has_variable(PATTERN_COLLECTION, INDEX_NAMES[0]):
+            if self.is_initializing():
+                return None
+            raise ValueError(
+                f"the variables hold no collection {PATTERN_COLLECTION!r} for {self.name or type(self).__name__}: "
+                f"pass what init returned, params and {PATTERN_COLLECTION}"
+            )
+        leaves = {name: self.get_variable(PATTERN_COLLECTION, name) for name in INDEX_NAMES}
+        block_size = self.get_variable("params", "kernel").shape[-1]
+        return BlockPattern(**leaves, shape=shape, block_size=block_size)
