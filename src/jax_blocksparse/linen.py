@@ -61,8 +61,8 @@ class BlockSparseDense(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     precision: jax.lax.PrecisionLike = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()  # noqa: RUF009 (as in nn.Dense)
-    bias_init: Initializer = nn.initializers.zeros_init()  # noqa: RUF009
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
     promote_dtype: Any = dtypes.promote_dtype
     dot_general: Any = None
     dot_general_cls: Any = None
