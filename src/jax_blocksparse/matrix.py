@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse import ops
-from jax_blocksparse.pattern import BlockPattern, block_grid, check_geometry, is_concrete, same_pattern
+from jax_blocksparse.pattern import BlockPattern, block_grid, check_density, check_geometry, is_concrete, same_pattern
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -91,9 +91,7 @@ class BlockSparseMatrix:
                 raise ValueError("under jit fromdense needs density or pattern: the number of blocks must be known")
             pattern = BlockPattern.from_mask(np.asarray(norms) != 0, shape=shape, block_size=block_size)
         else:
-            if not 0 < density <= 1:
-                raise ValueError(f"density must be in (0, 1], got {density}")
-            count = max(1, round(density * norms.size))
+            count = max(1, round(check_density(density) * norms.size))
             kept = jnp.sort(jax.lax.top_k(norms.T.ravel(), count)[1])
             cols, rows = jnp.divmod(kept, norms.shape[0])
             pattern = BlockPattern.from_coordinates(rows, cols, shape=shape, block_size=block_size)

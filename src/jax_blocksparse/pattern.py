@@ -1,6 +1,7 @@
 """BlockPattern: where the blocks of a block-sparse matrix are, and the orders kernels walk them in."""
 
 import dataclasses
+import numbers
 import operator
 from collections.abc import Sequence
 from types import ModuleType
@@ -30,9 +31,21 @@ def check_geometry(shape: Sequence[int], block_size: int) -> tuple[tuple[int, in
         raise ValueError(f"shape must be two integers (in_features, out_features), got {shape!r}") from None
     if k < 1 or n < 1:
         raise ValueError(f"shape must have positive sizes, got {(k, n)}")
+    return (k, n), check_block_size(block_size)
+
+
+def check_block_size(block_size: int) -> int:
+    """Returns the block size as a plain int, or raises ValueError."""
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
-    return (k, n), int(block_size)
+    return int(block_size)
+
+
+def check_density(density: float) -> float:
+    """Returns a density that makes sense, or raises ValueError."""
+    if not (isinstance(density, numbers.Real) and 0 < density <= 1):
+        raise ValueError(f"density must be a number in (0, 1], got {density!r}")
+    return float(density)
 
 
 def block_grid(shape: tuple[int, int], block_size: int) -> tuple[int, int]:
@@ -121,7 +134,9 @@ class BlockPattern:
             _check_positions(rows, cols, grid)
         rows, cols = rows.astype(np.int32), cols.astype(np.int32)
         if capacity is not None:
-            missing = capacity - rows.shape[0]
+            if not isinstance(capacity, numbers.Integral):
+                raise ValueError(f"capacity must be an integer or None, got {capacity!r}")
+            missing = int(capacity) - rows.shape[0]
             if missing < 0:
                 raise ValueError(f"capacity must be at least the number of blocks {rows.shape[0]}, got {capacity}")
             rows = xp.pad(rows, (0, missing), constant_values=grid[0])
@@ -137,7 +152,7 @@ class BlockPattern:
     def from_mask(
         cls, mask: np.ndarray, *, block_size: int, shape: Sequence[int] | None = None, capacity: int | None = None
     ) -> "BlockPattern":
-        """Makes the pattern with a block wherever `mask` is true.
+        """Makes the pattern with a block wherever `mask` is true; their ids go down one column after the other.
 
         Args:
           mask: (ceil(K / block_size), ceil(N / block_size)) booleans, known on the host.
@@ -158,7 +173,7 @@ class BlockPattern:
         if mask.ndim != 2:
             raise ValueError(f"mask must have two dimensions, got shape {mask.shape}")
         if shape is None:
-            shape = tuple(size * block_size for size in mask.shape)
+            shape = tuple(size * check_block_size(block_size) for size in mask.shape)
         shape, block_size = check_geometry(shape, block_size)
         if mask.shape != block_grid(shape, block_size):
             raise ValueError(

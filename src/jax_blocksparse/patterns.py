@@ -1,6 +1,6 @@
 """Pattern generators: where to put the blocks of a weight. Reproducible: the same arguments give the same pattern."""
 
-import operator
+import numbers
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_blocksparse.pattern import BlockPattern, block_grid, check_geometry, is_concrete
+from jax_blocksparse.pattern import BlockPattern, block_grid, check_density, check_geometry, is_concrete
 
 
 def random(
@@ -39,17 +39,14 @@ def random(
       BlockPattern(1024x4096, block_size=32, nnz=384, density=0.0938)
     """
     shape, block_size = check_geometry(shape, block_size)
-    _check_density(density)
+    density = check_density(density)
     k, n = block_grid(shape, block_size)
     if distribution not in ("balanced", "bernoulli"):
         raise ValueError(f"distribution must be 'balanced' or 'bernoulli', got {distribution!r}")
-    if isinstance(seed, jax.Array):
-        if distribution == "bernoulli" and not is_concrete(seed):
-            raise ValueError("seed must not be traced for distribution='bernoulli': its number of blocks is random")
-        noise = jax.random.bits(seed, (n, k), np.uint32)
-    else:
-        with jax.ensure_compile_time_eval():
-            noise = jax.random.bits(jax.random.key(operator.index(seed)), (n, k), np.uint32)
+    if distribution == "bernoulli" and not is_concrete(seed):
+        raise ValueError("seed must not be traced for distribution='bernoulli': its number of blocks is random")
+    with jax.ensure_compile_time_eval():
+        noise = jax.random.bits(_as_key(seed), (n, k), np.uint32)
     if distribution == "bernoulli":
         kept = np.less(np.asarray(noise).T, density * 2.0**32)
         return BlockPattern.from_mask(kept, shape=shape, block_size=block_size)
@@ -79,7 +76,7 @@ def banded(shape: Sequence[int], block_size: int, *, density: float) -> BlockPat
       [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 1]]
     """
     shape, block_size = check_geometry(shape, block_size)
-    _check_density(density)
+    density = check_density(density)
     k, n = block_grid(shape, block_size)
     fan_in = max(1, round(density * k))
     distance = np.abs((np.arange(k) + 0.5) / k - ((np.arange(n) + 0.5) / n)[:, None])
@@ -106,7 +103,7 @@ def block_diagonal(shape: Sequence[int], block_size: int, *, density: float) -> 
       [[1, 0], [1, 0], [0, 1], [0, 1]]
     """
     shape, block_size = check_geometry(shape, block_size)
-    _check_density(density)
+    density = check_density(density)
     k, n = block_grid(shape, block_size)
     groups = min(round(1 / density), k, n)
     group_of_row, group_of_col = (np.arange(size) * groups // size for size in (k, n))
@@ -137,7 +134,7 @@ def butterfly(shape: Sequence[int], block_size: int, *, density: float = 1.0) ->
       [[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1]]
     """
     shape, block_size = check_geometry(shape, block_size)
-    _check_density(density)
+    density = check_density(density)
     k, n = block_grid(shape, block_size)
     bits = (max(k, n) - 1).bit_length()
     fine = np.arange(2**bits)
@@ -153,6 +150,9 @@ def butterfly(shape: Sequence[int], block_size: int, *, density: float = 1.0) ->
     return BlockPattern.from_mask(mask, shape=shape, block_size=block_size)
 
 
-def _check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density}")
+def _as_key(seed: int | jax.Array) -> jax.Array:
+    if isinstance(seed, numbers.Integral):
+        return jax.random.key(seed)
+    if isinstance(seed, jax.Array) and (jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key) or seed.ndim):
+        return seed
+    raise TypeError(f"seed must be an integer or a JAX random key, got {seed!r}")
