@@ -1,0 +1,193 @@
+"""The benchmark program on tiny cases: are its figures consistent, and does it refuse what is wrong?"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from benchmarks import __main__ as program
+from benchmarks import checking, contenders, loop, timing
+from benchmarks.cases import PATTERNS, Shape, Workload
+
+TINY = ["--preset", "quick", "--shapes", "64x90x75", "--blocks", "16", "--repeats", "3", "--budget", "1"]
+
+
+def run(path, *options):
+    status = program.main([*TINY, "--output", str(path), *options])
+    return status, json.loads(path.read_text())
+
+
+def elements(record):
+    """Entries of W in its blocks, the slow way."""
+    if record["contender"] == "dense":
+        return record["k"] * record["n"]
+    b = record["block_size"]
+    mask = PATTERNS[record["pattern"]]((record["k"], record["n"]), b, record["density"]).mask()
+    return int(np.kron(mask, np.ones((b, b), int))[: record["k"], : record["n"]].sum())
+
+
+def test_results_are_complete_and_consistent(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    status, report = run(path, "--products", "y,dw", "--densities", "0.5,0.2", "--implementations", "native,xla")
+    assert status == 0
+    assert report["schema"] == 1
+    assert report["complete"] is True
+    expected = {"shapes": [[64, 90, 75]], "densities": [0.5, 0.2], "repetitions": 3}
+    assert expected.items() <= report["settings"].items()
+    environment = report["environment"]
+    assert environment["device"]
+    assert environment["platform"] == jax.default_backend()
+    assert environment["versions"]["jax"] == jax.__version__
+    assert set(environment["revision"]) == {"commit", "dirty"}
+
+    # For each product: dense, and two implementations at two densities.
+    assert len(report["results"]) == 2 * 5
+    groups = {}
+    for record in report["results"]:
+        groups.setdefault(record["group"], []).append(record)
+    for dense, *others in groups.values():
+        assert [dense["contender"], *(each["contender"] for each in others)] == ["dense"] + 2 * ["native", "xla"]
+        for record in (dense, *others):
+            assert record["status"] == "ok"
+            assert record["repetitions"] == 3
+            assert 0 <= record["error"] <= record["tolerance"]
+            assert 0 < record["p10_s"] <= record["median_s"] <= record["p90_s"]
+            assert record["flops"] == 2 * record["m"] * elements(record)
+            assert record["flops_per_s"] == pytest.approx(record["flops"] / record["median_s"])
+            assert record["speedup_over_dense"] == pytest.approx(dense["median_s"] / record["median_s"])
+            fraction = record["flops_per_s"] / dense["flops_per_s"]
+            assert record["fraction_of_dense_flops"] == pytest.approx(fraction)
+
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"\| +native \|", printed)) == 2 * 2
+    assert program.main(["--show", str(path)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_loop_on_the_device_times_the_same_product(tmp_path):
+    options = ("--timer", "loop", "--cache", "warm", "--densities", "0.5", "--products", "dx,dw")
+    status, report = run(tmp_path / "results.json", *options)
+    assert status == 0
+    assert len(report["results"]) == 4
+    for record in report["results"]:
+        assert record["input_copies"] == loop.LEAST_CALLS
+        assert record["calls_per_repetition"] % record["input_copies"] == 0
+        assert record["calls_per_repetition"] >= 2 * loop.SHORT_TRIPS * record["input_copies"]
+        assert record["flops_per_s"] == pytest.approx(record["flops"] / record["median_s"])
+
+
+def replace_native(monkeypatch, change):
+    original = contenders.CONTENDERS["native"]
+    monkeypatch.setitem(contenders.CONTENDERS, "native", lambda *case: change(original(*case)))
+
+
+@pytest.mark.parametrize(
+    ("timer", "damage"), [("call", lambda y: y * 1.05), ("loop", lambda y: y.at[-1, 0].set(jnp.nan))]
+)
+def test_wrong_result_is_refused(tmp_path, capsys, monkeypatch, timer, damage):
+    def wrong(task):
+        return dataclasses.replace(task, function=lambda *arguments: damage(task.function(*arguments)))
+
+    replace_native(monkeypatch, wrong)
+    path = tmp_path / "results.json"
+    status, report = run(path, "--products", "y", "--timer", timer, "--cache", "warm")
+    dense, native = report["results"]
+    assert status == 1
+    assert dense["status"] == "ok"
+    assert native["status"] == "wrong"
+    assert native["error"] is None or native["error"] > native["tolerance"]
+    assert native["median_s"] is native["flops_per_s"] is native["speedup_over_dense"] is None
+    assert "### Not measured" in capsys.readouterr().out
+
+
+def test_contender_that_raises_does_not_stop_the_others(tmp_path, monkeypatch):
+    def broken(task):
+        raise NotImplementedError("no such kernel")
+
+    replace_native(monkeypatch, broken)
+    status, report = run(tmp_path / "results.json", "--products", "y", "--implementations", "native,xla")
+    dense, native, xla = report["results"]
+    assert status == 1
+    assert (dense["status"], native["status"], xla["status"]) == ("ok", "error", "ok")
+    assert native["message"] == "NotImplementedError: no such kernel"
+
+
+def test_calls_hoisted_out_of_a_loop_are_noticed():
+    def hlo(prepare):
+        def iteration(_, state):
+            x = prepare(state[0])
+            return x, x @ x
+
+        program = jax.jit(lambda x: jax.lax.fori_loop(0, 10, iteration, (x, x)))
+        return program.lower(jnp.ones((64, 64))).compile().as_text()
+
+    single = jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64))).compile().as_text()
+    work = loop.work_in_program(single)
+    assert work >= 1
+    assert loop.work_in_loops(hlo(jax.lax.optimization_barrier)) == work
+    assert loop.work_in_loops(hlo(lambda x: x)) == 0
+
+
+def test_hoisted_calls_are_not_timed(monkeypatch):
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
+    with pytest.raises(loop.NotTimedError, match="merged or hoisted"):
+        loop.LoopProgram(contenders.dense(Workload(Shape(64, 64, 64), "f32", "y")), cold_bytes=0)
+
+
+def test_slow_programs_are_run_less_often():
+    class Clock:
+        calls = 1
+
+        def __init__(self, seconds):
+            self.seconds, self.now = seconds, 0.0
+
+        def run(self):
+            self.now += self.seconds
+
+    clocks = [Clock(0.001), Clock(0.1), Clock(10.0)]
+
+    def seconds(clock):
+        clock.run()
+        return clock.seconds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "seconds", seconds)
+        times = timing.measure(clocks, repetitions=20, budget=1.05)
+    assert [each.repetitions for each in times] == [20, 10, timing.LEAST_REPETITIONS]
+    assert [each.median for each in times] == pytest.approx([0.001, 0.1, 10.0])
+
+
+def test_check_looks_at_every_row_for_what_is_not_finite():
+    a, b = np.random.default_rng(0).normal(size=(2, 500, 500)).astype(np.float32)
+    product = jnp.asarray(a) @ b
+    assert checking.relative_error(jnp.asarray(a), jnp.asarray(b), product) < checking.tolerance("f32", "gpu")
+    for row in range(0, 500, 99):
+        damaged = product.at[row, 3].set(jnp.inf)
+        assert checking.relative_error(jnp.asarray(a), jnp.asarray(b), damaged) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--shapes", "64x64"], "a shape is written MxKxN"),
+        (["--shapes", "0x64x64"], "positive sizes"),
+        (["--blocks", "24"], "choose from 8, 16, 32, 64, 128"),
+        (["--densities", "1.5"], "a density is in (0, 1]"),
+        (["--products", "y,z"], "choose from y, dx, dw"),
+        (["--implementations", "dense"], "choose from native, xla"),
+        (["--timer", "call", "--cache", "cold"], "--cache cold needs --timer loop"),
+    ],
+)
+def test_bad_options_are_named(capsys, options, complaint):
+    with pytest.raises(SystemExit) as exit_:
+        program.main(options)
+    assert exit_.value.code == 2
+    assert complaint in capsys.readouterr().err
