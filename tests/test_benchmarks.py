@@ -17,7 +17,7 @@ from benchmarks import __main__ as program
 from benchmarks import checking, contenders, loop, timing
 from benchmarks.cases import PATTERNS, Shape, Workload
 
-TINY = ["--preset", "quick", "--shapes", "64x90x75", "--blocks", "16", "--repeats", "3", "--budget", "1"]
+TINY = ["--preset", "quick", "--shapes", "64x90x75", "--blocks", "16", "--repeats", "3", "--timer", "call"]
 
 
 def run(path, *options):
