@@ -1,5 +1,7 @@
 """Both products in plain jax.numpy: the specification, the fallback where there is no native kernel, the tests' oracle.
 
+As in the native kernels, what lies out of range in the index arrays is skipped.
+
 Neither makes a temporary of the size of the dense matrix, and neither uses a scatter, whose sums a GPU would do in any
 order. `matmul` goes through the blocks of all output columns at once, the k-th block of each column in step k; so its
 time follows the fullest column.
@@ -73,6 +75,10 @@ def _accumulator(dtype: DTypeLike) -> DTypeLike:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def _in_range(index: jax.Array, size: int) -> jax.Array:
+    return (index >= 0) & (index < size)
+
+
 def _matmul(x, data, ptr, order, inner, in_size, out_size, precision):
     m, (nnz, b) = x.shape[0], data.shape[:2]
     out_blocks = ptr.shape[0] - 1
@@ -80,15 +86,17 @@ def _matmul(x, data, ptr, order, inner, in_size, out_size, precision):
     if nnz and m:
         x_columns = _columns(x, b)
         inside = jnp.arange(x_columns.shape[0] * b).reshape(-1, b) < in_size
+        ptr = jnp.clip(ptr, 0, nnz)
 
         def add_kth_block(k: jax.Array, y: jax.Array) -> jax.Array:
             walk = ptr[:-1] + k
             block = order[jnp.minimum(walk, nnz - 1)]
             column = inner[block]
+            valid = (walk < ptr[1:]) & _in_range(block, nnz) & _in_range(column, x_columns.shape[0])
             # Entries of a block beyond the matrix may hold anything; what they stand for is zero.
             w = jnp.where(inside[column][:, :, None], data[block], 0)
             term = jnp.einsum("omk,okj->omj", x_columns[column], w, precision=precision, preferred_element_type=y.dtype)
-            return jnp.where((walk < ptr[1:])[:, None, None], y + term, y)
+            return jnp.where(valid[:, None, None], y + term, y)
 
         y = jax.lax.fori_loop(0, jnp.max(ptr[1:] - ptr[:-1]), add_kth_block, y)
     return y.swapaxes(0, 1).reshape(m, out_blocks * b)[:, :out_size]
@@ -103,8 +111,8 @@ def _sddmm(x, dy, rows, cols, b, shape, precision):
         product = jnp.einsum(
             "mi,mj->ij", x_columns[row], dy_columns[col], precision=precision, preferred_element_type=accumulator
         )
-        row_inside = (row * b + jnp.arange(b) < shape[0]) & (row >= 0)
-        col_inside = (col * b + jnp.arange(b) < shape[1]) & (col >= 0)
+        row_inside = _in_range(row, x_columns.shape[0]) & (row * b + jnp.arange(b) < shape[0])
+        col_inside = _in_range(col, dy_columns.shape[0]) & (col * b + jnp.arange(b) < shape[1])
         return jnp.where(row_inside[:, None] & col_inside, product, 0)
 
     if not rows.shape[0]:

@@ -1,0 +1,113 @@
+"""The blocks of x.T @ dy against dense products, on both implementations and every device."""
+
+import cases
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import strategies
+
+import jax_blocksparse as jbs
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def check(x, dy, pattern, *, preferred_element_type=None, **options):
+    """Compares the blocks with NumPy's and with those of the dense product of the same dtype."""
+    got = jbs.sddmm(x, dy, pattern, preferred_element_type=preferred_element_type, **options)
+    leading = int(np.prod(x.shape[:-1]))
+    x, dy = x.reshape(leading, x.shape[-1]), dy.reshape(leading, dy.shape[-1])
+    as_dense = np.asarray(jnp.dot(x.T, dy, precision=HIGHEST, preferred_element_type=preferred_element_type))
+    wanted = cases.wide(x).T @ cases.wide(dy)
+    cases.assert_exact(got, cases.sampled(wanted, pattern), cases.sampled(as_dense, pattern))
+
+
+@pytest.mark.parametrize(("implementation", "dtype", "case"), cases.PRODUCTS, ids=str)
+def test_equals_the_dense_product(implementation, dtype, case, device):
+    implementation = cases.available(implementation, device, dtype)
+    with cases.enable_x64(dtype):
+        check(case.x(dtype), case.dy(dtype), case.pattern, implementation=implementation, precision=HIGHEST)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", cases.BLOCKS, ids=str)
+def test_16_bit_inputs_can_give_float32(dtype, case, device):
+    x, dy = case.x(dtype), case.dy(dtype)
+    check(x, dy, case.pattern, preferred_element_type="float32", implementation="native")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_inputs_can_give_float32_in_plain_xla(dtype, device):
+    case = cases.BLOCKS[1]
+    check(case.x(dtype), case.dy(dtype), case.pattern, preferred_element_type=jnp.float32, implementation="xla")
+
+
+@pytest.mark.parametrize(("x_dtype", "dy_dtype"), [("float32", "bfloat16"), ("float16", "bfloat16")])
+def test_dtypes_are_promoted(x_dtype, dy_dtype, implementation, device):
+    case = cases.BLOCKS[0]
+    x, dy = case.x(x_dtype), case.dy(dy_dtype)
+    got = jbs.sddmm(x, dy, case.pattern, implementation=implementation, precision=HIGHEST)
+    assert got.dtype == "float32"
+    assert cases.relative_error(got, cases.sampled(cases.wide(x).T @ cases.wide(dy), case.pattern)) < 1e-6
+
+
+@pytest.mark.parametrize(("implementation", "examples"), [("native", 40), ("xla", 10)])
+def test_equals_the_dense_product_on_random_patterns(implementation, examples, device):
+    @hypothesis.settings(max_examples=examples)
+    @hypothesis.given(strategies.cases(), strategies.dtypes)
+    def holds(case, dtype):
+        chosen = cases.available(implementation, device, dtype)
+        with cases.enable_x64(dtype):
+            check(case.x(dtype), case.dy(dtype), case.pattern, implementation=chosen, precision=HIGHEST)
+
+    holds()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transposed_pattern_gives_transposed_blocks(implementation, dtype, device):
+    case = cases.BLOCKS[1]
+    x, dy, pattern = case.x(dtype), case.dy(dtype), case.pattern
+    blocks = jbs.sddmm(x, dy, pattern, implementation=implementation)
+    swapped = jbs.sddmm(dy, x, pattern.T, implementation=implementation)
+    np.testing.assert_allclose(
+        np.asarray(swapped.mT, np.float64), np.asarray(blocks, np.float64), rtol=2 * jnp.finfo(dtype).eps, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_is_the_same_to_the_bit_every_time(implementation, dtype, device):
+    pattern = jbs.patterns.random((512, 640), 16, density=0.3)
+    x, dy = cases.normal((515, 512), dtype, seed=4), cases.normal((515, 640), dtype, seed=5)
+
+    def product(x, dy, pattern):
+        return jbs.sddmm(x, dy, pattern, implementation=implementation)
+
+    first = np.asarray(product(x, dy, pattern)).tobytes()
+    jitted = jax.jit(product)
+    for again in (product, jitted, jitted, jitted):
+        assert np.asarray(again(x, dy, pattern)).tobytes() == first
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [case for case in cases.CASES if case.rows], ids=str)
+def test_every_element_of_the_result_is_written(case, dtype, device):
+    """The custom call gets a buffer full of NaN to write to: a donated one."""
+
+    def product(buffer, x, dy, pattern):
+        del buffer
+        return jbs.sddmm(x, dy, pattern, implementation="native")
+
+    poison = jnp.full((len(case.rows), case.block_size, case.block_size), jnp.nan, dtype)
+    address = poison.unsafe_buffer_pointer()
+    blocks = jax.jit(product, donate_argnums=0, keep_unused=True)(poison, case.x(dtype), case.dy(dtype), case.pattern)
+    assert blocks.unsafe_buffer_pointer() == address
+    assert jnp.isfinite(blocks).all()
+
+
+def test_features_without_blocks_do_not_matter(implementation, device):
+    case = cases.BLOCKS[1]
+    b, x, dy = case.block_size, case.x(), case.dy()
+    x[:, 2 * b : 3 * b] = np.nan  # no block is in block row 2
+    dy[:, b : 2 * b] = np.inf  # nor in block column 1
+    assert jnp.isfinite(jbs.sddmm(x, dy, case.pattern, implementation=implementation)).all()
