@@ -3,7 +3,7 @@
 import jax
 
 from jax_blocksparse import patterns
-from jax_blocksparse.pattern import BlockPattern
+from jax_blocksparse.pattern import BlockPattern, check_is_pattern
 
 DEFAULT_BLOCK_SIZE = 32
 
@@ -26,8 +26,7 @@ def choose_pattern(
     if pattern is None:
         key = jax.random.fold_in(kernel_key, _PATTERN_STREAM)
         return patterns.random(shape, block_size or DEFAULT_BLOCK_SIZE, density=density, seed=key)
-    if not isinstance(pattern, BlockPattern):
-        raise TypeError(f"pattern must be a BlockPattern, got {type(pattern).__name__}")
+    check_is_pattern("pattern", pattern)
     if pattern.shape != shape:
         raise ValueError(f"pattern must have the shape (in_features, out_features) = {shape}, got {pattern}")
     if block_size not in (None, pattern.block_size):

@@ -10,7 +10,15 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse import ops
-from jax_blocksparse.pattern import BlockPattern, block_grid, check_density, check_geometry, is_concrete, same_pattern
+from jax_blocksparse.pattern import (
+    BlockPattern,
+    block_grid,
+    check_density,
+    check_geometry,
+    check_is_pattern,
+    is_concrete,
+    same_pattern,
+)
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -63,6 +71,7 @@ class BlockSparseMatrix:
         Raises:
           ValueError: if `dense` is not two-dimensional or does not fit the pattern, if both `density` and `pattern` are
             given, if the density is not in (0, 1], or if under jit neither is given.
+          TypeError: if `pattern` is no BlockPattern.
 
         Example:
           >>> import jax, jax_blocksparse as jbs
@@ -76,6 +85,7 @@ class BlockSparseMatrix:
         if pattern is not None:
             if density is not None:
                 raise ValueError("give density or pattern, not both")
+            check_is_pattern("pattern", pattern)
             if dense.shape != pattern.shape or block_size not in (None, pattern.block_size):
                 raise ValueError(
                     f"dense of shape {dense.shape} with block_size={block_size} does not fit {pattern}: "
@@ -85,12 +95,16 @@ class BlockSparseMatrix:
         if block_size is None:
             raise ValueError("fromdense needs block_size or pattern")
         shape, block_size = check_geometry(dense.shape, block_size)
-        norms = jnp.sqrt(jnp.sum(jnp.square(_blocks(jnp.abs(dense), block_size)), axis=(2, 3)))
         if density is None:
             if not is_concrete(dense):
                 raise ValueError("under jit fromdense needs density or pattern: the number of blocks must be known")
-            pattern = BlockPattern.from_mask(np.asarray(norms) != 0, shape=shape, block_size=block_size)
+            with jax.ensure_compile_time_eval():
+                occupied = np.asarray(jnp.any(_blocks(dense, block_size) != 0, axis=(2, 3)))
+            pattern = BlockPattern.from_mask(occupied, shape=shape, block_size=block_size)
         else:
+            # Squares of float16 would overflow.
+            blocks = _blocks(dense.astype(jnp.promote_types(dense.dtype, jnp.float32)), block_size)
+            norms = jnp.linalg.norm(blocks, axis=(2, 3))
             count = max(1, round(check_density(density) * norms.size))
             kept = jnp.sort(jax.lax.top_k(norms.T.ravel(), count)[1])
             cols, rows = jnp.divmod(kept, norms.shape[0])
@@ -106,19 +120,25 @@ class BlockSparseMatrix:
           block_size: one of `BLOCK_SIZES`; by default the square block size of a BSR matrix.
 
         Raises:
-          ValueError: if no block size is given and the matrix is not BSR with square blocks of a known size.
+          TypeError: if `matrix` is not a SciPy sparse matrix.
+          ValueError: if it is not two-dimensional, or no block size is given and it is not BSR with square blocks of a
+            size in `BLOCK_SIZES`.
 
         Example:
           >>> import scipy.sparse, jax_blocksparse as jbs
           >>> jbs.BlockSparseMatrix.from_scipy_sparse(scipy.sparse.eye_array(64, format="csr"), block_size=16)
           BlockSparseMatrix(64x64, float32, block_size=16, nnz=4, density=0.25)
         """
+        import scipy.sparse
+
+        if not scipy.sparse.issparse(matrix):
+            raise TypeError(f"matrix must be a SciPy sparse array or matrix, got {type(matrix).__name__}")
         if block_size is None:
             if matrix.format != "bsr" or matrix.blocksize[0] != matrix.blocksize[1]:
                 raise ValueError(f"block_size is needed for a matrix of format {matrix.format!r} without square blocks")
             block_size = matrix.blocksize[0]
         shape, b = check_geometry(matrix.shape, block_size)
-        padded = matrix.tocoo()
+        padded = matrix.tocoo(copy=True)  # resize works in place
         padded.resize(tuple(size * b for size in block_grid(shape, b)))
         bsr = padded.tobsr(blocksize=(b, b))
         bsr.sum_duplicates()
@@ -212,7 +232,11 @@ class BlockSparseMatrix:
         if isinstance(x, BlockSparseMatrix):
             raise TypeError("a product of two block-sparse matrices is not supported; use w.todense() for one of them")
         x = jnp.asarray(x)
-        if x.ndim < 2:
+        if x.ndim == 0 or x.shape[-2:][0] != self.shape[1]:
+            raise ValueError(
+                f"w @ x needs {self.shape[1]} rows in x (w has shape {self.shape}), got x of shape {x.shape}"
+            )
+        if x.ndim == 1:
             return ops.matmul(x, self.T)
         return ops.matmul(x.swapaxes(-1, -2), self.T).swapaxes(-1, -2)
 

@@ -243,6 +243,12 @@ class BlockPattern:
         return f"BlockPattern({k}x{n}, block_size={self.block_size}, {blocks})"
 
 
+def check_is_pattern(name: str, pattern: object) -> None:
+    """Raises TypeError, naming the argument, for anything but a BlockPattern."""
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"{name} must be a BlockPattern, got {type(pattern).__name__}")
+
+
 def same_pattern(a: BlockPattern, b: BlockPattern) -> bool:
     """True if both patterns are known to have the same blocks under the same ids."""
     if (a.shape, a.block_size, a.rows.shape) != (b.shape, b.block_size, b.rows.shape):
