@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
-
 from transformer import baselines, data, device, plots, report
 from transformer.checkpoints import Checkpoints
 from transformer.loop import Loop, new_history

@@ -123,7 +123,7 @@ class Transformer(nnx.Module):
         Returns:
           float32 logits (batch, time, 256).
         """
-        # A product with one-hot rows and not a gather: its gradient adds in the same order on every run of every device.
+        # A product with one-hot rows and not a gather: its gradient adds in the same order on every run.
         x = self.embed(jax.nn.one_hot(text, VOCABULARY, dtype=self.embed.dtype))
         for block in self.blocks:
             x = block(x)

@@ -3,11 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from transformer.model import Transformer
+from transformer.model import VOCABULARY, Transformer
 from transformer.settings import Settings
 
 # What a step turns over: graph definition and state of the pair (model, optimizer).
@@ -39,8 +38,9 @@ def create(settings: Settings, *, attention: str) -> tuple[Graph, State]:
 
 def loss_of(model: Transformer, windows: jax.Array) -> jax.Array:
     """Mean cross-entropy in nats of every byte but the first of uint8 (batch, context + 1) windows."""
-    logits = model(windows[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:].astype(jnp.int32)).mean()
+    # One-hot targets rather than indices: a gather's gradient is a scatter, slow where it has to be deterministic.
+    targets = jax.nn.one_hot(windows[:, 1:], VOCABULARY)
+    return optax.softmax_cross_entropy(model(windows[:, :-1]), targets).mean()
 
 
 def train_step(graph: Graph, state: State, windows: jax.Array) -> tuple[State, jax.Array]:
