@@ -1,13 +1,13 @@
 """Initialisation by the fan-in that each output really has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_blocksparse.pattern import BlockPattern, is_concrete
+from jax_blocksparse.pattern import BlockPattern, check_is_pattern, is_concrete
 
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
 """What `jax.nn.initializers` makes: a function of (key, shape, dtype)."""
@@ -19,12 +19,12 @@ def init_blocks(
     """Initialises the blocks of a weight as `kernel_init` would initialise a dense one with as many inputs per output.
 
     A dense initialiser must not see the packed shape (nnz, b, b): it would take nnz for a receptive field and b for the
-    fan-in. Here all block columns with the same fan-in are drawn as one dense matrix (fan-in, their width) and cut up,
-    so every initialiser keeps its meaning, the outputs' variance does not depend on the density, and at density 1 the
+    fan-in. Here each block column takes its values from a dense matrix (its fan-in, N) that `kernel_init` draws, so
+    every initialiser keeps its meaning, the outputs' variance does not depend on the density, and at density 1 the
     values are those of the dense layer with this key.
 
-    Under jit, where the pattern is not known, every column is drawn with the mean fan-in, which is exact for patterns
-    that are balanced per column over whole blocks.
+    Under jit, where the pattern may not be known, every column is taken to have the mean number of blocks, rounded:
+    exact, and the same as outside jit, for patterns that are balanced per column, as `patterns.random` makes them.
 
     Args:
       kernel_init: an initialiser of `jax.nn.initializers` or any function of (key, shape, dtype).
@@ -35,6 +35,9 @@ def init_blocks(
     Returns:
       (nnz, b, b) values; zeros for inert entries and outside the matrix.
 
+    Raises:
+      TypeError: if `pattern` is no BlockPattern.
+
     Example:
       >>> import jax, jax_blocksparse as jbs
       >>> pattern = jbs.patterns.random((512, 512), 16, density=0.25)
@@ -42,45 +45,47 @@ def init_blocks(
       >>> data.shape, round(float(data.std()) * (0.25 * 512) ** 0.5, 1)
       ((256, 16, 16), 1.0)
     """
-    data = jnp.zeros((pattern.nnz, pattern.block_size, pattern.block_size), dtype)
-    if not pattern.nnz:
-        return data
-    if is_concrete(*pattern.indices):
-        data = _by_fan_in(kernel_init, key, pattern, data)
-    else:
-        data = _by_mean_fan_in(kernel_init, key, pattern, data)
+    check_is_pattern("pattern", pattern)
+    (k, n), (_, grid_n), b = pattern.shape, pattern.grid, pattern.block_size
+    data = jnp.zeros((pattern.nnz, b, b), dtype)
+    for fan_in, columns, ids in _columns_by_fan_in(pattern):
+        own_key = key if fan_in == k else jax.random.fold_in(key, fan_in)
+        width = n if columns[-1] < grid_n else len(columns) * b
+        data = _place(data, ids, columns, kernel_init(own_key, (fan_in, width), dtype))
     return jnp.where(_inside(pattern), data, 0)
 
 
-def _by_fan_in(kernel_init: Initializer, key: jax.Array, pattern: BlockPattern, data: jax.Array) -> jax.Array:
-    (k, n), b = pattern.shape, pattern.block_size
-    ptr, order, rows = (np.asarray(leaf) for leaf in (pattern.col_ptr, pattern.col_order, pattern.rows))
-    blocks = np.diff(ptr)
-    last_row = np.where(blocks > 0, rows[order[np.maximum(ptr[1:] - 1, 0)]], 0)
-    fan_in = blocks * b - np.maximum((last_row + 1) * b - k, 0)
-    sizes = [int(size) for size in np.unique(fan_in) if size]
-    for size in sizes:
-        columns = np.flatnonzero(fan_in == size)
-        width = sum(min(b, n - int(column) * b) for column in columns)  # the last column may be narrower than a block
-        drawn = kernel_init(key if len(sizes) == 1 else jax.random.fold_in(key, size), (size, width), data.dtype)
-        ids = order[ptr[columns][:, None] + np.arange(blocks[columns[0]])]
-        data = data.at[ids].set(_cut(drawn, int(blocks[columns[0]]), len(columns), b))
-    return data
+def _columns_by_fan_in(pattern: BlockPattern) -> Iterator[tuple[int, np.ndarray, jax.Array]]:
+    """For each fan-in that there is: (fan-in, columns (C,), the ids of their blocks (C, blocks in each))."""
+    grid_k, b = pattern.grid[0], pattern.block_size
+    beyond = grid_k * b - pattern.shape[0]  # columns with a block in the last row have as many inputs less
+    if is_concrete(*pattern.indices):
+        ptr, order = np.asarray(pattern.col_ptr), np.asarray(pattern.col_order)
+        heights = np.diff(ptr)
+        fan_ins = heights * b - beyond * pattern.mask()[-1]
+        for fan_in in np.unique(fan_ins[heights > 0]):
+            columns = np.flatnonzero(fan_ins == fan_in)
+            yield int(fan_in), columns, order[ptr[columns, None] + np.arange(heights[columns[0]])]
+    elif pattern.nnz:
+        height = max(1, round(pattern.nnz / pattern.grid[1]))
+        ids = jnp.pad(pattern.col_order, (0, -pattern.nnz % height), constant_values=pattern.nnz).reshape(-1, height)
+        columns = np.arange(ids.shape[0])
+        shorter = pattern.rows[ids[:, -1:]] == grid_k - 1
+        if beyond and height < grid_k:
+            yield height * b, columns, jnp.where(shorter, pattern.nnz, ids)
+            yield height * b - beyond, columns, jnp.where(shorter, ids, pattern.nnz)
+        else:
+            yield height * b - beyond, columns, ids
 
 
-def _by_mean_fan_in(kernel_init: Initializer, key: jax.Array, pattern: BlockPattern, data: jax.Array) -> jax.Array:
-    n, b = pattern.shape[1], pattern.block_size
-    height = max(1, round(pattern.nnz / pattern.grid[1]))
-    columns = -(-pattern.nnz // height)
-    width = n if columns == pattern.grid[1] else columns * b
-    drawn = _cut(kernel_init(key, (height * b, width), data.dtype), height, columns, b)
-    return drawn.reshape(columns * height, b, b)[: pattern.nnz]
-
-
-def _cut(drawn: jax.Array, height: int, columns: int, b: int) -> jax.Array:
-    """A dense matrix as (columns, height, b, b) blocks, padded with zeros at the end."""
-    padded = jnp.pad(drawn, ((0, height * b - drawn.shape[0]), (0, columns * b - drawn.shape[1])))
-    return padded.reshape(height, b, columns, b).transpose(2, 0, 1, 3)
+@jax.jit
+def _place(data: jax.Array, ids: jax.Array, columns: jax.Array, drawn: jax.Array) -> jax.Array:
+    """Sets the blocks `ids` (C, height) to those of the given block columns of a dense matrix; drops ids >= nnz."""
+    height, b = ids.shape[1], data.shape[-1]
+    width = -(-drawn.shape[1] // b)
+    padded = jnp.pad(drawn, ((0, height * b - drawn.shape[0]), (0, width * b - drawn.shape[1])))
+    blocks = padded.reshape(height, b, width, b).transpose(2, 0, 1, 3)
+    return data.at[ids].set(blocks[columns], mode="drop")
 
 
 def _inside(pattern: BlockPattern) -> jax.Array:
