@@ -27,8 +27,13 @@ def choose_pattern(
         key = jax.random.fold_in(kernel_key, _PATTERN_STREAM)
         return patterns.random(shape, block_size or DEFAULT_BLOCK_SIZE, density=density, seed=key)
     check_is_pattern("pattern", pattern)
+    check_fit(pattern, shape, block_size)
+    return pattern
+
+
+def check_fit(pattern: BlockPattern, shape: tuple[int, int], block_size: int | None) -> None:
+    """Raises ValueError if a layer of this shape and block size cannot have this pattern."""
     if pattern.shape != shape:
         raise ValueError(f"pattern must have the shape (in_features, out_features) = {shape}, got {pattern}")
     if block_size not in (None, pattern.block_size):
         raise ValueError(f"block_size must be that of the pattern, {pattern.block_size}, or left out, got {block_size}")
-    return pattern

@@ -5,25 +5,29 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import serialization
 from flax.linen import dtypes
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse.initializers import Initializer, init_blocks
-from jax_blocksparse.layers import choose_pattern
+from jax_blocksparse.layers import check_fit, choose_pattern
 from jax_blocksparse.matrix import BlockSparseMatrix
 from jax_blocksparse.ops import Implementation, matmul
-from jax_blocksparse.pattern import INDEX_NAMES, BlockPattern
+from jax_blocksparse.pattern import INDEX_NAMES, BlockPattern, check_is_pattern
 
 PATTERN_COLLECTION = "sparsity"
-"""The variable collection that holds the index arrays of the patterns."""
+"""The variable collection that holds the patterns."""
+
+PATTERN_NAME = "kernel_pattern"
+"""The name of a layer's pattern, a BlockPattern, in that collection."""
 
 
 class BlockSparseDense(nn.Module):
     """`nn.Dense` with a block-sparse kernel: the same attributes, dtype promotion and use of random keys.
 
-    At density 1 it computes what `nn.Dense` computes. The index arrays of the pattern are variables of the collection
-    "sparsity": keep them beside "params" in checkpoints and in `apply`, and out of the optimizer. A lifted transform
-    that stacks layers (`nn.scan`, `nn.vmap`) needs `variable_axes={"params": 0, "sparsity": 0}`.
+    At density 1 it computes what `nn.Dense` computes. The pattern is a variable of the collection "sparsity", named
+    "kernel_pattern": keep it beside "params" in checkpoints and in `apply`, and out of the optimizer. A lifted
+    transform that stacks layers (`nn.scan`, `nn.vmap`) needs `variable_axes={"params": 0, "sparsity": 0}`.
 
     Attributes:
       features: the number of output features.
@@ -44,8 +48,9 @@ class BlockSparseDense(nn.Module):
       implementation: see `jax_blocksparse.matmul`.
 
     Raises:
-      ValueError: if density and pattern are both given or both missing, if pattern or input has another size, if block
-        size or density is out of range, if a dot_general is given, or if the collection "sparsity" is missing.
+      ValueError: if density and pattern are both given or both missing, if pattern, variables or input have another
+        size, if block size or density is out of range, if a dot_general is given, or if the collection "sparsity" is
+        missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -94,8 +99,7 @@ class BlockSparseDense(nn.Module):
 
         kernel = self.param("kernel", init_kernel)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        for name in INDEX_NAMES:
-            self.variable(PATTERN_COLLECTION, name, getattr, pattern, name)
+        self.variable(PATTERN_COLLECTION, PATTERN_NAME, lambda: pattern)
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         y = matmul(
             inputs,
@@ -107,13 +111,37 @@ class BlockSparseDense(nn.Module):
 
     def _stored_pattern(self, shape: tuple[int, int]) -> BlockPattern | None:
         """The pattern in the variables, or None while the layer is being initialised."""
-        if not self.has_variable(PATTERN_COLLECTION, INDEX_NAMES[0]):
+        if not self.has_variable(PATTERN_COLLECTION, PATTERN_NAME):
             if self.is_initializing():
                 return None
             raise ValueError(
                 f"the variables hold no collection {PATTERN_COLLECTION!r} for {self.name or type(self).__name__}: "
                 f"pass what init returned, params and {PATTERN_COLLECTION}"
             )
-        leaves = {name: self.get_variable(PATTERN_COLLECTION, name) for name in INDEX_NAMES}
-        block_size = self.get_variable("params", "kernel").shape[-1]
-        return BlockPattern(**leaves, shape=shape, block_size=block_size)
+        pattern = self.get_variable(PATTERN_COLLECTION, PATTERN_NAME)
+        check_is_pattern(f"the variable {PATTERN_NAME}", pattern)
+        check_fit(pattern, shape, self.block_size)
+        return pattern
+
+
+def _to_state_dict(pattern: BlockPattern) -> dict[str, Any]:
+    indices = {name: getattr(pattern, name) for name in INDEX_NAMES}
+    return {
+        "in_features": pattern.shape[0],
+        "out_features": pattern.shape[1],
+        "block_size": pattern.block_size,
+    } | indices
+
+
+def _from_state_dict(target: BlockPattern, state: dict[str, Any]) -> BlockPattern:
+    pattern = BlockPattern(
+        **{name: state[name] for name in INDEX_NAMES},
+        shape=(state["in_features"], state["out_features"]),
+        block_size=state["block_size"],
+    )
+    if (pattern.shape, pattern.block_size) != (target.shape, target.block_size):
+        raise ValueError(f"the state holds {pattern}, which has another shape or block size than {target}")
+    return pattern
+
+
+serialization.register_serialization_state(BlockPattern, _to_state_dict, _from_state_dict)
