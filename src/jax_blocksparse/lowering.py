@@ -1,11 +1,14 @@
 """How each platform runs the primitives: native custom calls on cpu and cuda, plain XLA elsewhere."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.export import DisabledSafetyCheck
 from jax.interpreters import mlir
+from jax.sharding import AxisType
 
 from jax_blocksparse import _native, reference
 from jax_blocksparse.pattern import INDEX_NAMES
@@ -37,9 +40,15 @@ def _sddmm_call(ctx, x, dy, rows, cols, *_, **__):
     return jax.ffi.ffi_lowering(_native.SDDMM_TARGET)(ctx.replace(avals_in=ctx.avals_in[:4]), x, dy, rows, cols)
 
 
+def _automatically_sharded(plain: Callable[..., Any], out: ShapedArray) -> Callable[..., Any]:
+    """Lets XLA find out how to shard each step of `plain`, whose types would have to say so on an explicit mesh."""
+    mesh = out.sharding.mesh
+    explicit = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit]
+    return jax.sharding.auto_axes(plain, axes=tuple(explicit), out_sharding=out.sharding) if explicit else plain
+
+
 def _rule(platform: str, native_call: Callable[..., Any] | None, reason: str, plain: Callable[..., Any]) -> Any:
     """The lowering rule of one primitive for one platform; `native_call` is None where there is no native kernel."""
-    fallback = mlir.lower_fun(plain, multiple_results=False)
 
     def rule(ctx, *operands, implementation, precision, **params):
         dtype = str(ctx.avals_in[0].dtype)
@@ -49,7 +58,8 @@ def _rule(platform: str, native_call: Callable[..., Any] | None, reason: str, pl
         if implementation == "native" and missing:
             raise NotImplementedError(f"implementation='native' was asked for, but {missing}")
         if implementation == "xla" or missing:
-            return fallback(ctx, *operands, precision=precision, **params)
+            function = _automatically_sharded(functools.partial(plain, precision=precision, **params), ctx.avals_out[0])
+            return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
         return native_call(ctx, *operands, **params)
 
     return rule

@@ -1,7 +1,6 @@
 """The public products: check and name every argument, promote dtypes, flatten leading dimensions."""
 
 import functools
-import math
 from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
@@ -10,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse import lowering as _lowering  # noqa: F401  (registers the rules)
 from jax_blocksparse.pattern import INDEX_NAMES, BlockPattern
-from jax_blocksparse.primitives import bind, matmul_p, sddmm_p
+from jax_blocksparse.primitives import bind, matmul_p, merge_axes, sddmm_p, split_axis
 
 if TYPE_CHECKING:
     from jax_blocksparse.matrix import BlockSparseMatrix
@@ -140,19 +139,17 @@ def sddmm(
     jax.jit, static_argnames=("transpose", "shape", "out_dtype", "precision", "implementation"), inline=True
 )
 def _matmul(x, data, *indices, **params):
-    y = bind(matmul_p, _rows(x)[None], data[None], *(index[None] for index in indices), **params)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    rows = merge_axes(x, 0, x.ndim - 1)
+    y = bind(matmul_p, rows[None], data[None], *(index[None] for index in indices), **params)
+    return split_axis(y[0], 0, x, 0, x.ndim - 1)
 
 
 @functools.partial(
     jax.jit, static_argnames=("block_size", "shape", "out_dtype", "precision", "implementation"), inline=True
 )
 def _sddmm(x, dy, *indices, **params):
-    return bind(sddmm_p, _rows(x)[None], _rows(dy)[None], *(index[None] for index in indices), **params)[0]
-
-
-def _rows(x: jax.Array) -> jax.Array:
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    x, dy = (merge_axes(each, 0, each.ndim - 1)[None] for each in (x, dy))
+    return bind(sddmm_p, x, dy, *(index[None] for index in indices), **params)[0]
 
 
 def _as_floats(name: str, array: ArrayLike) -> jax.Array:

@@ -10,6 +10,7 @@ give forward and reverse mode to any order.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,27 @@ def bind(primitive: Primitive, *operands: jax.Array, **params: object) -> jax.Ar
         for operand, own in zip(operands, axes, strict=True)
     ]
     return primitive.bind(*operands, **params)
+
+
+def merge_axes(x: jax.Array, start: int, stop: int) -> jax.Array:
+    """Makes one axis of the axes from `start` to before `stop`, sharded over all mesh axes that they are sharded over.
+
+    A plain reshape refuses arrays whose type says that an inner one of these axes is sharded (explicit meshes).
+    """
+    shape, sharding = x.shape, jax.typeof(x).sharding
+    parts = (part if isinstance(part, tuple) else (part,) for part in sharding.spec[start:stop])
+    merged = tuple(name for part in parts for name in part if name is not None)
+    spec = PartitionSpec(*sharding.spec[:start], merged or None, *sharding.spec[stop:])
+    shape = (*shape[:start], math.prod(shape[start:stop]), *shape[stop:])
+    return jax.lax.reshape(x, shape, out_sharding=sharding.update(spec=spec))
+
+
+def split_axis(y: jax.Array, axis: int, like: jax.Array, start: int, stop: int) -> jax.Array:
+    """Undoes `merge_axes(like, start, stop)` in the result `y` of a product: its `axis` becomes those axes again."""
+    sharding, wanted = jax.typeof(y).sharding, jax.typeof(like).sharding.spec[start:stop]
+    spec = PartitionSpec(*sharding.spec[:axis], *wanted, *sharding.spec[axis + 1 :])
+    shape = (*y.shape[:axis], *like.shape[start:stop], *y.shape[axis + 1 :])
+    return jax.lax.reshape(y, shape, out_sharding=sharding.update(spec=spec))
 
 
 def batch_size(*operands: jax.Array) -> int:
@@ -82,9 +104,11 @@ def _bilinear_jvp(primitive, primals, tangents, **params):
 
 
 def _like(cotangent: jax.Array, operand: ShapedArray) -> jax.Array:
-    """Sums a cotangent over the batch if its operand was shared by it."""
+    """Sums a cotangent over the batch if its operand was shared by it; on explicit meshes, shards it likewise."""
     if operand.shape[0] == 1 != cotangent.shape[0]:
-        return cotangent.sum(0, keepdims=True)
+        cotangent = cotangent.sum(0, keepdims=True)
+    if jax.typeof(cotangent).sharding.spec != operand.sharding.spec:
+        cotangent = jax.reshard(cotangent, operand.sharding)
     return cotangent
 
 
@@ -123,33 +147,29 @@ def _sddmm_transpose(ct, x, dy, *indices, block_size, shape, out_dtype, **params
     return None, _like(ddy, dy.aval), *nothing
 
 
-def _merge_axes(args, dims):
+def _fold_batch(args, dims):
     """Merges the vmapped axes of all operands into their leading ones.
 
-    Returns the operands and the sizes of the vmapped and of the former leading axis. Only what is shared by both stays
-    of leading size 1; the index arrays, which describe one pattern, stay together.
+    Returns the operands, and one of them as it was before two axes became one. Only what both batches share stays of
+    leading size 1; the index arrays, which describe one pattern, stay together.
     """
     size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None)
-    args = [arg if dim is None else jnp.moveaxis(arg, dim, 0) for arg, dim in zip(args, dims, strict=True)]
-    batch = next((n for a, d in zip(args, dims, strict=True) if (n := a.shape[0 if d is None else 1]) != 1), 1)
-
-    def merge(arg: jax.Array, dim: int | None, share: bool) -> jax.Array:
-        if share and dim is None and arg.shape[0] == 1:
-            return arg
-        tail = arg.shape[1:] if dim is None else arg.shape[2:]
-        arg = arg[None] if dim is None else arg
-        return jnp.broadcast_to(arg, (size, batch, *tail)).reshape(size * batch, *tail)
-
-    share_indices = all(dim is None for dim in dims[2:])
-    share = (True, True, *(share_indices for _ in args[2:]))
-    return [merge(*each) for each in zip(args, dims, share, strict=True)], size, batch
+    args = [arg[None] if dim is None else jnp.moveaxis(arg, dim, 0) for arg, dim in zip(args, dims, strict=True)]
+    batch = next((arg.shape[1] for arg in args if arg.shape[1] != 1), 1)
+    shared = [dim is None and arg.shape[1] == 1 for arg, dim in zip(args, dims, strict=True)]
+    shared[2:] = [all(shared[2:])] * len(shared[2:])
+    args = [
+        arg if share else jnp.broadcast_to(arg, (size, batch, *arg.shape[2:]))
+        for arg, share in zip(args, shared, strict=True)
+    ]
+    like = next(arg for arg, dim in zip(args, dims, strict=True) if dim is not None)
+    return [merge_axes(arg, 0, 2) for arg in args], like
 
 
 def _batch(primitive, args, dims, **params):
     """One call for the whole batch: vmapped axes become (part of) the leading axis that the primitives have anyway."""
-    args, size, batch = _merge_axes(args, dims)
-    out = bind(primitive, *args, **params)
-    return out.reshape(size, batch, *out.shape[1:]), 0
+    operands, like = _fold_batch(args, dims)
+    return split_axis(bind(primitive, *operands, **params), 0, like, 0, 2), 0
 
 
 def _matmul_batch(args, dims, **params):
@@ -158,8 +178,8 @@ def _matmul_batch(args, dims, **params):
         return _batch(matmul_p, args, dims, **params)
     # Weights that all examples share: more rows for one product.
     x = jnp.moveaxis(x, dims[0], 1)
-    y = bind(matmul_p, x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3]), *weights, **params)
-    return y.reshape(y.shape[0], x.shape[1], x.shape[2], y.shape[2]), 1
+    y = bind(matmul_p, merge_axes(x, 1, 3), *weights, **params)
+    return split_axis(y, 1, x, 1, 3), 1
 
 
 matmul_p.def_impl(functools.partial(xla.apply_primitive, matmul_p))

@@ -82,7 +82,8 @@ def _in_range(index: jax.Array, size: int) -> jax.Array:
 def _matmul(x, data, ptr, order, inner, in_size, out_size, precision):
     m, (nnz, b) = x.shape[0], data.shape[:2]
     out_blocks = ptr.shape[0] - 1
-    y = jnp.zeros((out_blocks, m, b), _accumulator(x.dtype))
+    # Made from x so that in a shard_map it varies over the same axes, as the carry of a loop must.
+    y = jnp.zeros_like(x, shape=(out_blocks, m, b), dtype=_accumulator(x.dtype))
     if nnz and m:
         x_columns = _columns(x, b)
         inside = jnp.arange(x_columns.shape[0] * b).reshape(-1, b) < in_size
