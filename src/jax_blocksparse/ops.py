@@ -155,7 +155,7 @@ def _sddmm(x, dy, *indices, **params):
 def _as_floats(name: str, array: ArrayLike) -> jax.Array:
     try:
         array = jnp.asarray(array)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, got {type(array).__name__}") from error
     if array.dtype.name not in _DTYPES:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(_DTYPES)}, got {array.dtype}")
