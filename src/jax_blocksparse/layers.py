@@ -24,8 +24,9 @@ def choose_pattern(
     if (density is None) == (pattern is None):
         raise ValueError(f"give either density or pattern, got density={density} and pattern={pattern}")
     if pattern is None:
+        block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
         key = jax.random.fold_in(kernel_key, _PATTERN_STREAM)
-        return patterns.random(shape, block_size or DEFAULT_BLOCK_SIZE, density=density, seed=key)
+        return patterns.random(shape, block_size, density=density, seed=key)
     check_is_pattern("pattern", pattern)
     check_fit(pattern, shape, block_size)
     return pattern
