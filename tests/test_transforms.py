@@ -76,7 +76,7 @@ def test_linearize_and_linear_transpose(matmul):
     y, linear = jax.linearize(lambda x: jnp.sin(matmul(x, DATA[0], PATTERNS[0])), X)
     assert_close(linear(DIRECTION), np.cos(X @ DENSE[0]) * (DIRECTION @ DENSE[0]))
     (dx,) = jax.linear_transpose(lambda x: matmul(x, DATA[0], PATTERNS[0]), X)(y)
-    assert_close(dx, y @ DENSE[0].T)
+    assert_close(dx, np.asarray(y) @ DENSE[0].T)
 
 
 def test_hessian(matmul):
