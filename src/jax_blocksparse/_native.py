@@ -77,8 +77,8 @@ def has_cuda() -> Availability:
 
     Example:
       >>> import jax_blocksparse
-      >>> jax_blocksparse.has_cuda().reason  # doctest: +SKIP
-      'jax_blocksparse._cuda is registered'
+      >>> print("CUDA kernels:", jax_blocksparse.has_cuda().reason)  # doctest: +ELLIPSIS
+      CUDA kernels: ...
     """
     return _cuda
 

@@ -225,7 +225,16 @@ class BlockSparseMatrix:
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def astype(self, dtype: DTypeLike) -> "BlockSparseMatrix":
-        """Returns the matrix with its values in another dtype."""
+        """Returns the matrix with its values in another dtype.
+
+        Args:
+          dtype: of the new values.
+
+        Example:
+          >>> import jax.numpy as jnp, jax_blocksparse as jbs
+          >>> jbs.BlockSparseMatrix.fromdense(jnp.eye(16), block_size=8).astype(jnp.bfloat16)
+          BlockSparseMatrix(16x16, bfloat16, block_size=8, nnz=2, density=0.5)
+        """
         return dataclasses.replace(self, data=self.data.astype(dtype))
 
     def __matmul__(self, x: ArrayLike) -> jax.Array:

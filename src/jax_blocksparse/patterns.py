@@ -29,9 +29,13 @@ def random(
       distribution: "balanced" gives every block column the same number of blocks, `density` times the number of block
         rows, rounded, and at least one, so all outputs have one fan-in. "bernoulli" keeps each block independently.
 
+    Returns:
+      The pattern, whose block ids go down one column after the other.
+
     Raises:
       ValueError: if an argument is out of range, or if "bernoulli", whose number of blocks is random, is asked for with
         a key that is being traced.
+      TypeError: if `seed` is neither an integer nor a key.
 
     Example:
       >>> import jax_blocksparse as jbs
@@ -67,6 +71,9 @@ def banded(shape: Sequence[int], block_size: int, *, density: float) -> BlockPat
       block_size: one of `BLOCK_SIZES`.
       density: fraction of the blocks to keep, in (0, 1].
 
+    Returns:
+      The pattern, whose block ids go down one column after the other.
+
     Raises:
       ValueError: if an argument is out of range.
 
@@ -93,6 +100,9 @@ def block_diagonal(shape: Sequence[int], block_size: int, *, density: float) -> 
       shape: (K, N) of the matrix, in elements.
       block_size: one of `BLOCK_SIZES`.
       density: in (0, 1]; there are round(1 / density) groups, but never more than there are block rows or columns.
+
+    Returns:
+      The pattern; its density is 1 over the number of groups where that divides the grid, else near it.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -124,6 +134,9 @@ def butterfly(shape: Sequence[int], block_size: int, *, density: float = 1.0) ->
       block_size: one of `BLOCK_SIZES`.
       density: an upper bound in (0, 1]: as many strides, the longest first, as keep the density under it, but always
         the diagonal and one stride.
+
+    Returns:
+      The pattern; at most 1 + log2(grid) blocks in each row and column of a square power of two.
 
     Raises:
       ValueError: if an argument is out of range.
