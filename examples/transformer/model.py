@@ -108,11 +108,13 @@ class Transformer(nnx.Module):
         """
         rngs = nnx.Rngs(settings.seed)
         linear = linear_factory(settings, rngs)
-        width, dtype = settings.d_model, jnp.dtype(settings.dtype)
-        self.embed = nnx.Linear(VOCABULARY, width, use_bias=False, dtype=dtype, rngs=rngs)
+        width = settings.d_model
+        options = {"use_bias": False, "dtype": jnp.dtype(settings.dtype), "rngs": rngs}
+        # Embeddings as large as what the blocks add to them, and a first guess that all bytes are equally likely.
+        self.embed = nnx.Linear(VOCABULARY, width, kernel_init=nnx.initializers.normal(1.0), **options)
         self.blocks = nnx.List([Block(settings, linear, attention, rngs) for _ in range(settings.layers)])
-        self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.logits = nnx.Linear(width, VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm = nnx.RMSNorm(width, dtype=options["dtype"], rngs=rngs)
+        self.logits = nnx.Linear(width, VOCABULARY, kernel_init=nnx.initializers.zeros_init(), **options)
 
     def __call__(self, text: jax.Array) -> jax.Array:
         """Predict the byte after each position.
