@@ -174,3 +174,14 @@ def assert_exact(got, wanted, dense_result):
     accumulator = jnp.promote_types(got.dtype, jnp.float32)
     floor = jnp.finfo(got.dtype).eps / 4 + 2 * jnp.finfo(accumulator).eps
     assert error <= 2 * allowed + floor, f"relative error {error:.2e}, of the dense product {allowed:.2e}"
+
+
+def equations(jaxpr, *primitives):
+    """All uses of some primitives in a program and those nested in it."""
+    found = []
+    for equation in jaxpr.eqns:
+        found += [equation] if equation.primitive in primitives else []
+        for inner in equation.params.values():
+            inner = getattr(inner, "jaxpr", inner)
+            found += equations(inner, *primitives) if hasattr(inner, "eqns") else []
+    return found

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_blocksparse as jbs
+from jax_blocksparse.primitives import matmul_p
 
 CASE = cases.Case("sharded", (40, 29), 8, rows=(0, 1, 4, 2, 3, 0, 2, 4), cols=(1, 0, 2, 3, 1, 2, 0, 3), leading=(4, 8))
 X = CASE.x()
@@ -133,6 +134,14 @@ def test_jit_with_sharded_inputs(square_mesh, spec, implementation):
     if AxisType.Explicit in square_mesh.axis_types:
         leading = (*spec, None, None)[:2]
         assert jax.typeof(y).sharding.spec == P(*leading, None)
+
+
+def test_type_of_a_product_says_how_its_rows_are_sharded(mesh):
+    x = put(mesh, X[0], P("batch"))
+    jaxpr = jax.make_jaxpr(lambda x, w: x @ w)(x, put(mesh, W)).jaxpr
+    (call,) = cases.equations(jaxpr, matmul_p)
+    rows = "batch" if AxisType.Explicit in mesh.axis_types else None
+    assert call.outvars[0].aval.sharding.spec == P(None, rows, None)
 
 
 def test_jit_with_weights_cut_up_over_devices(mesh, implementation):

@@ -1,5 +1,6 @@
 """vmap in every combination: right values, and one call for the whole batch."""
 
+import dataclasses
 import itertools
 
 import cases
@@ -56,17 +57,6 @@ def batch(kind, which):
     return args, [0 if here else None for here in which]
 
 
-def equations(jaxpr, *primitives):
-    """All uses of some primitives in a program and those nested in it."""
-    found = []
-    for equation in jaxpr.eqns:
-        found += [equation] if equation.primitive in primitives else []
-        for inner in equation.params.values():
-            inner = getattr(inner, "jaxpr", inner)
-            found += equations(inner, *primitives) if hasattr(inner, "eqns") else []
-    return found
-
-
 @pytest.mark.parametrize("kind", OPERANDS)
 @pytest.mark.parametrize(("implementation", "which"), IMPLEMENTED_COMBINATIONS, ids=str)
 def test_every_combination(kind, implementation, which, device):
@@ -119,13 +109,13 @@ def test_nested(kind, outer, inner, device):
     args = chosen(slice(None), slice(None))
     wanted = [[reference(kind, *chosen(o, i)) for i in range(INNER)] for o in range(OUTER)]
     assert cases.relative_error(over_both(*args), np.array(wanted)) < 1e-6
-    assert len(equations(jax.make_jaxpr(over_both)(*args).jaxpr, matmul_p, sddmm_p)) == 1
+    assert len(cases.equations(jax.make_jaxpr(over_both)(*args).jaxpr, matmul_p, sddmm_p)) == 1
 
 
 def test_shared_weights_are_not_copied():
     """The batch becomes more rows of x, and the weights are passed as they are."""
     args, axes = batch("matmul", (True, False, False))
-    (call,) = equations(jax.make_jaxpr(jax.vmap(product("matmul"), axes))(*args).jaxpr, matmul_p)
+    (call,) = cases.equations(jax.make_jaxpr(jax.vmap(product("matmul"), axes))(*args).jaxpr, matmul_p)
     assert call.invars[0].aval.shape == (1, INNER * 5, 21)
     assert all(operand.aval.shape[0] == 1 for operand in call.invars)
 
@@ -134,10 +124,19 @@ def test_shared_weights_are_not_copied():
 @pytest.mark.parametrize("which", [(False, True, False), (True, True, False), (False, False, True)], ids=str)
 def test_shared_operands_of_a_batched_product_are_not_copied(kind, which):
     args, axes = batch(kind, which)
-    (call,) = equations(jax.make_jaxpr(jax.vmap(product(kind), axes))(*args).jaxpr, matmul_p, sddmm_p)
+    (call,) = cases.equations(jax.make_jaxpr(jax.vmap(product(kind), axes))(*args).jaxpr, matmul_p, sddmm_p)
     sizes = [operand.aval.shape[0] for operand in call.invars]
     first, second, pattern = (INNER if here else 1 for here in which)
     assert sizes == [first, second, *[pattern] * 6]
+
+
+def test_pattern_of_which_one_leaf_is_batched(device):
+    """Blocks that move within their columns: all index arrays of a call have one batch size."""
+    x, data, pattern = X[0, 0], DATA[0, 0], PATTERNS[0]
+    rows = np.stack([pattern.rows, (np.asarray(pattern.rows) + 1) % pattern.grid[0]])
+    patterns = [dataclasses.replace(pattern, rows=one) for one in rows]
+    got = jax.vmap(lambda rows: product("matmul")(x, data, dataclasses.replace(pattern, rows=rows)))(rows)
+    assert cases.relative_error(got, np.stack([reference("matmul", x, data, one) for one in patterns])) < 1e-6
 
 
 def test_batch_of_one(device):
