@@ -64,14 +64,15 @@ def check_gradients(gradients):
     assert cases.relative_error(ddata, DDATA) < 1e-5
 
 
-def test_shard_map_sums_the_gradients_of_replicated_weights(mesh, implementation):
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_shard_map_sums_the_gradients_of_replicated_weights(mesh, implementation, check_vma):
     """The trap: a primitive that forgets over which axes its operands vary gives the gradient of one device's part."""
     loss = loss_of(implementation)
 
     def total(x, data, pattern):
         return jax.lax.psum(loss(x, data, pattern), "batch")
 
-    parallel = jax.shard_map(total, mesh=mesh, in_specs=(P("batch"), P(), P()), out_specs=P())
+    parallel = jax.shard_map(total, mesh=mesh, in_specs=(P("batch"), P(), P()), out_specs=P(), check_vma=check_vma)
     args = put(mesh, X, P("batch")), put(mesh, W.data), put(mesh, W.pattern)
     check_gradients(jax.jit(jax.grad(parallel, argnums=(0, 1)))(*args))
 

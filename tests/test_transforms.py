@@ -208,6 +208,20 @@ def test_export(device):
     assert_close(dx, np.ones_like(X) @ DENSE[0].T)
 
 
+def test_export_for_any_batch(implementation, device):
+    """Leading dimensions may stay symbols until the program is called."""
+    w = jbs.BlockSparseMatrix(DATA[0], PATTERNS[0])
+    product = jax.jit(lambda x: jbs.matmul(x, w, implementation=implementation, precision=HIGHEST))
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, length, 24"), np.float32)
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    checks = jbs.DISABLED_EXPORT_CHECKS
+    export = jax.export.export(product, platforms=(platform,), disabled_checks=checks)(x)
+    restored = jax.export.deserialize(export.serialize())
+    for leading in ((1, 5), (3, 2)):
+        x = cases.normal((*leading, 24), "float32", seed=4)
+        assert_close(restored.call(x), x @ DENSE[0])
+
+
 def test_export_without_our_checks_disabled_names_the_custom_call():
     w = jbs.BlockSparseMatrix(DATA[0], PATTERNS[0])
     with pytest.raises(ValueError, match=r"jax_blocksparse\.matmul\.v1"):
