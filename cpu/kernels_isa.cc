@@ -12,7 +12,7 @@ namespace jax_blocksparse {
 
 using namespace JAX_BLOCKSPARSE_ISA;  // NOLINT: the point of this file
 
-// In the order of DType.
+// In the order of ElementType.
 const KernelTable JAX_BLOCKSPARSE_JOIN(JAX_BLOCKSPARSE_ISA, _kernels) = {
     JAX_BLOCKSPARSE_STRING(JAX_BLOCKSPARSE_ISA),
     {{Matmul<float, float>::run, Matmul<float, float>::run},

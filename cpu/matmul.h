@@ -46,10 +46,10 @@ struct Chunk {
 };
 
 // Moves up to `most` valid blocks from [*i, end) of the order into the chunk; index contents are not to be trusted.
-inline void fill_chunk(const MatmulArgs& args, int64_t g, int64_t* i, int64_t end, int most, Chunk* chunk) {
-  const int32_t* order = args.order + g * args.pattern_stride;
-  const int32_t* inner = args.inner + g * args.pattern_stride;
-  const int64_t inner_blocks = blocks_along(args.C, args.block);
+inline void fill_chunk(const MatmulParams& args, int64_t g, int64_t* i, int64_t end, int most, Chunk* chunk) {
+  const int32_t* order = args.order + g * args.order_batch_stride;
+  const int32_t* inner = args.inner + g * args.order_batch_stride;
+  const int64_t inner_blocks = CeilDiv(args.in_features, args.block);
   chunk->count = 0;
   for (; *i < end && chunk->count < most; ++*i) {
     const int64_t z = order[*i];
@@ -65,7 +65,7 @@ template <typename T, typename U>
 struct Matmul {
   using Acc = Accumulator<T>;
 
-  static void run(const MatmulArgs& args, const MatmulTask& task, void* scratch) {
+  static void run(const MatmulParams& args, const MatmulTask& task, void* scratch) {
     with_strip<Acc>(args.block, [&](auto strip) {
       for (int64_t o = task.column; o < task.column + task.columns; ++o) {
         output_block<decltype(strip)>(args, task, o, static_cast<Acc*>(scratch));
@@ -76,16 +76,16 @@ struct Matmul {
  private:
   // Sums the task's rows of output block o in scratch, a chunk of blocks at a time, and writes them to y.
   template <typename Strip>
-  static void output_block(const MatmulArgs& args, const MatmulTask& task, int64_t o, Acc* scratch) {
+  static void output_block(const MatmulParams& args, const MatmulTask& task, int64_t o, Acc* scratch) {
     Acc* sums = scratch;
     Acc* strips = scratch + kTile;
     Acc* widened = scratch + 2 * kTile;
     const int block = args.block;
     const int most = blocks_per_chunk(block);
     const int64_t strip_pitch = int64_t{most} * block * Strip::kWidth;
-    const T* x = static_cast<const T*>(args.x) + task.g * args.x_stride + task.row * args.C;
-    const T* data = static_cast<const T*>(args.data) + task.g * args.data_stride;
-    const int32_t* ptr = args.ptr + task.g * args.ptr_stride;
+    const T* x = static_cast<const T*>(args.x) + task.g * args.x_batch_stride + task.row * args.in_features;
+    const T* data = static_cast<const T*>(args.data) + task.g * args.data_batch_stride;
+    const int32_t* ptr = args.ptr + task.g * args.ptr_batch_stride;
 
     bool any = false;
     Chunk chunk;
@@ -104,7 +104,7 @@ struct Matmul {
         }
         const int64_t column = chunk.inner[n] * block;
         from[n] = x + column;
-        in_place[n].k = args.C - column < block ? args.C - column : block;
+        in_place[n].k = args.in_features - column < block ? args.in_features - column : block;
         depth += in_place[n].k;
       }
       for_each_row_tile(task.rows, Strip::kMaxRows, [&](int64_t row, int rows) {
@@ -116,12 +116,12 @@ struct Matmul {
         };
         if constexpr (std::is_same_v<T, Acc>) {
           for (int n = 0; n < chunk.count; ++n) in_place[n].a = from[n];
-          multiply(in_place, chunk.count, RowMajor{args.C}, row);
+          multiply(in_place, chunk.count, RowMajor{args.in_features}, row);
         } else {
           for (int r = 0; r < rows; ++r) {
             Acc* to = widened + r * kMaxDepth;
             for (int n = 0; n < chunk.count; to += in_place[n++].k) {
-              widen(from[n] + (row + r) * args.C, to, in_place[n].k);
+              widen(from[n] + (row + r) * args.in_features, to, in_place[n].k);
             }
           }
           const Segment<Acc> all{widened, depth};
@@ -131,13 +131,13 @@ struct Matmul {
       any = true;
     }
 
-    const int64_t width = args.O - o * block < block ? args.O - o * block : block;
-    U* y = static_cast<U*>(args.y) + (task.g * args.M + task.row) * args.O + o * block;
+    const int64_t width = args.out_features - o * block < block ? args.out_features - o * block : block;
+    U* y = static_cast<U*>(args.y) + (task.g * args.tokens + task.row) * args.out_features + o * block;
     for (int64_t r = 0; r < task.rows; ++r) {
       if (any) {
-        narrow(sums + r * block, y + r * args.O, width);
+        narrow(sums + r * block, y + r * args.out_features, width);
       } else {
-        std::memset(y + r * args.O, 0, width * sizeof(U));
+        std::memset(y + r * args.out_features, 0, width * sizeof(U));
       }
     }
   }

@@ -48,35 +48,35 @@ template <typename T, typename U>
 struct Sddmm {
   using Acc = Accumulator<T>;
 
-  static void run(const SddmmArgs& args, const SddmmTask& task, void* scratch) {
+  static void run(const SddmmParams& args, const SddmmTask& task, void* scratch) {
     with_strip<Acc>(args.block, [&](auto strip) { blocks<decltype(strip)>(args, task, static_cast<Acc*>(scratch)); });
   }
 
  private:
   template <typename Strip>
-  static void blocks(const SddmmArgs& args, const SddmmTask& task, Acc* scratch) {
+  static void blocks(const SddmmParams& args, const SddmmTask& task, Acc* scratch) {
     constexpr int kWidth = Strip::kWidth;
     const int block = args.block;
     const int64_t size = int64_t{block} * block;
     Acc* sums = scratch;
     PackedBlock<T, kWidth> x_block(scratch + kTile, block), dy_block(scratch + 2 * kTile, block);
-    const T* x = static_cast<const T*>(args.x) + task.g * args.x_stride;
-    const T* dy = static_cast<const T*>(args.dy) + task.g * args.dy_stride;
-    const int32_t* rows = args.rows + task.g * args.pattern_stride + task.id;
-    const int32_t* cols = args.cols + task.g * args.pattern_stride + task.id;
-    const int64_t row_blocks = blocks_along(args.K, block), col_blocks = blocks_along(args.N, block);
+    const T* x = static_cast<const T*>(args.x) + task.g * args.x_batch_stride;
+    const T* dy = static_cast<const T*>(args.dy) + task.g * args.dy_batch_stride;
+    const int32_t* rows = args.rows + task.g * args.ids_batch_stride + task.id;
+    const int32_t* cols = args.cols + task.g * args.ids_batch_stride + task.id;
+    const int64_t row_blocks = CeilDiv(args.in_features, block), col_blocks = CeilDiv(args.out_features, block);
     const auto is_valid = [&](int64_t z) {
       return rows[z] >= 0 && rows[z] < row_blocks && cols[z] >= 0 && cols[z] < col_blocks;
     };
 
-    for (int64_t token = 0; token < args.M; token += kMaxTokens) {
-      const int64_t tokens = args.M - token < kMaxTokens ? args.M - token : kMaxTokens;
+    for (int64_t token = 0; token < args.tokens; token += kMaxTokens) {
+      const int64_t tokens = args.tokens - token < kMaxTokens ? args.tokens - token : kMaxTokens;
       x_block.forget();
       dy_block.forget();
       for (int64_t z = 0; z < task.ids; ++z) {
         if (!is_valid(z)) continue;
-        x_block.hold(x + token * args.K, args.K, rows[z], tokens);
-        dy_block.hold(dy + token * args.N, args.N, cols[z], tokens);
+        x_block.hold(x + token * args.in_features, args.in_features, rows[z], tokens);
+        dy_block.hold(dy + token * args.out_features, args.out_features, cols[z], tokens);
         for (int j = 0; j < block; j += kWidth) {
           for (int i = 0; i < block; i += kWidth) {
             const Segment<Acc> all{x_block.strip(i), tokens};
@@ -91,9 +91,9 @@ struct Sddmm {
 
     U* data = static_cast<U*>(args.data) + (task.g * args.nnz + task.id) * size;
     for (int64_t z = 0; z < task.ids; ++z) {
-      const bool empty = args.M == 0 || !is_valid(z);
-      const int64_t height = empty ? 0 : args.K - int64_t{rows[z]} * block;
-      const int64_t width = empty ? 0 : args.N - int64_t{cols[z]} * block;
+      const bool empty = args.tokens == 0 || !is_valid(z);
+      const int64_t height = empty ? 0 : args.in_features - int64_t{rows[z]} * block;
+      const int64_t width = empty ? 0 : args.out_features - int64_t{cols[z]} * block;
       write_block(sums + z * size, block, height, width, data + z * size);
     }
   }
