@@ -17,6 +17,21 @@ HUGE = 2**31 - 1
 CASE = cases.BLOCKS[1]
 
 
+def fenced(array, device):
+    """The array on a device; on a CPU, with NaN (or the index 0) around it in memory, so that reading outside shows."""
+    array = np.asarray(array)
+    if device.platform != "cpu":
+        return jax.device_put(array, device)
+    margin, filler = 4096, 0 if np.issubdtype(array.dtype, np.integer) else np.nan
+    memory = np.full(array.size + 2 * margin, filler, array.dtype)
+    start = margin + -memory[margin:].ctypes.data % 64 // array.itemsize
+    inside = memory[start : start + array.size].reshape(array.shape)
+    inside[...] = array
+    result = jax.device_put(inside, device, may_alias=True)
+    assert result.unsafe_buffer_pointer() == inside.ctypes.data
+    return result
+
+
 def finite_w(case, dtype="float32"):
     """The case's matrix without the NaN in its tails, which a misplaced block may rightly bring into the matrix."""
     w = case.w(dtype)
@@ -62,32 +77,39 @@ def matmul_by_contract(x, w):
     return y[:, : w.shape[1]]
 
 
-def check(x, w, implementation):
+def check_matmul(x, w, device, implementation, tolerance=1e-6):
+    x, w = jax.tree.map(lambda leaf: fenced(leaf, device), (x, w))
     y = jbs.matmul(x, w, implementation=implementation, precision="highest")
-    assert cases.relative_error(y, matmul_by_contract(x, w)) < 1e-6
+    assert cases.relative_error(y, matmul_by_contract(x, w)) < tolerance
+
+
+def check_sddmm(x, dy, pattern, device, implementation, tolerance=1e-6):
+    x, dy, pattern = jax.tree.map(lambda leaf: fenced(leaf, device), (x, dy, pattern))
+    blocks = jbs.sddmm(x, dy, pattern, implementation=implementation, precision="highest")
+    wanted = cases.sampled(cases.wide(x).T @ cases.wide(dy), pattern)
+    assert cases.relative_error(blocks, wanted) < tolerance
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 @pytest.mark.parametrize("name", ["rows", "col_ptr", "col_order"])
 def test_matmul_skips_what_is_out_of_range(name, breakage, implementation, device):
     w = finite_w(CASE)
-    check(CASE.x(), dataclasses.replace(w, pattern=broken(w.pattern, name, breakage)), implementation)
+    w = dataclasses.replace(w, pattern=broken(w.pattern, name, breakage))
+    check_matmul(CASE.x(), w, device, implementation)
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 @pytest.mark.parametrize("name", ["cols", "row_ptr", "row_order"])
 def test_transposed_matmul_skips_what_is_out_of_range(name, breakage, implementation, device):
     w = finite_w(CASE)
-    check(CASE.dy(), dataclasses.replace(w, pattern=broken(w.pattern, name, breakage)).T, implementation)
+    w = dataclasses.replace(w, pattern=broken(w.pattern, name, breakage))
+    check_matmul(CASE.dy(), w.T, device, implementation)
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 @pytest.mark.parametrize("name", ["rows", "cols"])
 def test_sddmm_gives_zeros_for_what_is_out_of_range(name, breakage, implementation, device):
-    pattern, x, dy = broken(CASE.pattern, name, breakage), CASE.x(), CASE.dy()
-    blocks = jbs.sddmm(x, dy, pattern, implementation=implementation, precision="highest")
-    wanted = cases.sampled(cases.wide(x).T @ cases.wide(dy), pattern)
-    assert cases.relative_error(blocks, wanted) < 1e-6
+    check_sddmm(CASE.x(), CASE.dy(), broken(CASE.pattern, name, breakage), device, implementation)
 
 
 @pytest.mark.parametrize("block_size", jbs.BLOCK_SIZES)
@@ -103,10 +125,6 @@ def test_random_numbers_for_indices(block_size, dtype, seed, device):
 
     w = dataclasses.replace(w, pattern=jax.tree.map(noise, w.pattern))
     tolerance = 4 * float(jnp.finfo(dtype).eps)
-    y = jbs.matmul(case.x(dtype), w, implementation="native")
-    assert cases.relative_error(y, matmul_by_contract(case.x(dtype), w)) < tolerance
-    dx = jbs.matmul(case.dy(dtype), w.T, implementation="native")
-    assert cases.relative_error(dx, matmul_by_contract(case.dy(dtype), w.T)) < tolerance
-    blocks = jbs.sddmm(case.x(dtype), case.dy(dtype), w.pattern, implementation="native")
-    product = cases.wide(case.x(dtype)).T @ cases.wide(case.dy(dtype))
-    assert cases.relative_error(blocks, cases.sampled(product, w.pattern)) < tolerance
+    check_matmul(case.x(dtype), w, device, "native", tolerance)
+    check_matmul(case.dy(dtype), w.T, device, "native", tolerance)
+    check_sddmm(case.x(dtype), case.dy(dtype), w.pattern, device, "native", tolerance)
