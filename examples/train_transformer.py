@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     environment = report.environment()
     print(f"run: {run.folder}, {settings.kind()}, on {environment['device']} (jax {environment['jax']})")
 
-    attention = device.attention_kernel(settings)
-    graph, state = create(settings, attention=attention)
+    graph, state = create(settings)
     size = report.model_size(nnx.merge(graph, state)[0], settings)
     print(report.describe(corpus, weak, size))
 
@@ -83,7 +82,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         },
         "baselines_bits_per_byte": weak,
         "size": size,
-        "attention": attention,
         "native_calls": native_calls,
         "device_memory": device.memory(),
         "outcome": outcome,

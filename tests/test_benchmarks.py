@@ -120,6 +120,14 @@ def test_contender_that_raises_does_not_stop_the_others(tmp_path, monkeypatch):
     assert native["message"] == "NotImplementedError: no such kernel"
 
 
+@pytest.fixture
+def hoisting_device():
+    """The CPU, for which XLA hoists what does not change out of a loop; for a GPU it may not."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.mark.usefixtures("hoisting_device")
 def test_calls_hoisted_out_of_a_loop_are_noticed():
     def hlo(prepare):
         def iteration(_, state):
@@ -136,6 +144,7 @@ def test_calls_hoisted_out_of_a_loop_are_noticed():
     assert loop.work_in_loops(hlo(lambda x: x)) == 0
 
 
+@pytest.mark.usefixtures("hoisting_device")
 def test_hoisted_calls_are_not_timed(monkeypatch):
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
     with pytest.raises(loop.NotTimedError, match="merged or hoisted"):

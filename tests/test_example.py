@@ -245,7 +245,7 @@ def test_every_pattern_makes_a_layer(name):
 
 def test_random_patterns_differ_between_layers_and_follow_from_the_seed():
     def masks(seed):
-        blocks = Transformer(Settings(**TINY | {"layers": 3}, seed=seed), attention="xla").blocks
+        blocks = Transformer(Settings(**TINY | {"layers": 3}, seed=seed)).blocks
         return [block.attention.query.pattern.get_value().mask().tobytes() for block in blocks]
 
     assert len(set(masks(0))) == 3
@@ -254,7 +254,7 @@ def test_random_patterns_differ_between_layers_and_follow_from_the_seed():
 
 
 def test_model_is_causal():
-    model = with_opinions(Transformer(Settings(**TINY), attention="xla"))
+    model = with_opinions(Transformer(Settings(**TINY)))
     text = jnp.arange(32, dtype=jnp.uint8).reshape(2, 16)
     before, after = model(text), model(text.at[:, 9].set(200))
     np.testing.assert_array_equal(before[:, :9], after[:, :9])
@@ -272,7 +272,7 @@ def test_rotation_depends_on_distance_only():
 
 def test_sample_equals_a_plain_loop_with_a_sliding_window():
     settings = Settings(**TINY, sample_bytes=12)
-    graph, state = create(settings, attention="xla")
+    graph, state = create(settings)
     model, optimizer = nnx.merge(graph, state)
     graph, state = nnx.split((with_opinions(model), optimizer))
     prompt = b"ten bytes."

@@ -54,11 +54,11 @@ def rotate(x: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions."""
 
-    def __init__(self, settings: Settings, linear: MakeLinear, kernel: str) -> None:
-        """Build the four projections; `kernel` names the attention kernel, "xla" or "cudnn"."""
+    def __init__(self, settings: Settings, linear: MakeLinear) -> None:
+        """Build the four projections."""
         width = settings.d_model
         self.heads = settings.heads
-        self.kernel = kernel
+        self.kernel = settings.attention
         self.query, self.key, self.value, self.out = (linear(width, width) for _ in range(4))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -74,12 +74,12 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """Attention, then an MLP, each reading a normalised residual stream and adding to it."""
 
-    def __init__(self, settings: Settings, linear: MakeLinear, kernel: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, settings: Settings, linear: MakeLinear, rngs: nnx.Rngs) -> None:
         """Build the layers of one block."""
         width, hidden = settings.d_model, settings.mlp_ratio * settings.d_model
         dtype = jnp.dtype(settings.dtype)
         self.attention_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = Attention(settings, linear, kernel)
+        self.attention = Attention(settings, linear)
         self.mlp_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.up = linear(width, hidden)
         self.down = linear(hidden, width)
@@ -99,20 +99,15 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """A decoder-only Transformer over bytes."""
 
-    def __init__(self, settings: Settings, *, attention: str) -> None:
-        """Build the model; every random choice follows from `settings.seed`.
-
-        Args:
-          settings: sizes and sparsity.
-          attention: the attention kernel, "xla" or "cudnn".
-        """
+    def __init__(self, settings: Settings) -> None:
+        """Build the model; every random choice follows from `settings.seed`."""
         rngs = nnx.Rngs(settings.seed)
         linear = linear_factory(settings, rngs)
         width = settings.d_model
         options = {"use_bias": False, "dtype": jnp.dtype(settings.dtype), "rngs": rngs}
         # Embeddings as large as what the blocks add to them, and a first guess that all bytes are equally likely.
         self.embed = nnx.Linear(VOCABULARY, width, kernel_init=nnx.initializers.normal(1.0), **options)
-        self.blocks = nnx.List([Block(settings, linear, attention, rngs) for _ in range(settings.layers)])
+        self.blocks = nnx.List([Block(settings, linear, rngs) for _ in range(settings.layers)])
         self.norm = nnx.RMSNorm(width, dtype=options["dtype"], rngs=rngs)
         self.logits = nnx.Linear(width, VOCABULARY, kernel_init=nnx.initializers.zeros_init(), **options)
 

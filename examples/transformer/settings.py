@@ -9,7 +9,7 @@ from typing import Any
 
 PATTERNS = ("random", "banded", "butterfly", "block_diagonal")
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION = ("auto", "xla", "cudnn")
+ATTENTION = ("xla", "cudnn")
 
 SETTINGS_FILE = "settings.json"
 
@@ -40,7 +40,7 @@ class Settings:
     weight_decay: float = _option(0.1, "decoupled weight decay of every matrix")
     clip: float = _option(1.0, "largest global norm of a gradient")
     dtype: str = _option("float32", "dtype of the computation; parameters stay float32", choices=DTYPES)
-    attention: str = _option("auto", "attention kernel; auto takes cudnn where it works", choices=ATTENTION)
+    attention: str = _option("xla", "attention kernel; cudnn needs a GPU and a 16-bit dtype", choices=ATTENTION)
     deterministic: bool = _option(True, "on a GPU, exclude autotuning and kernels that differ between runs")
     seed: int = _option(0, "seed of patterns, initial values and batches")
     eval_interval: int = _option(100, "steps between evaluations on the held-out text")

@@ -29,9 +29,9 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     )
 
 
-def create(settings: Settings, *, attention: str) -> tuple[Graph, State]:
+def create(settings: Settings) -> tuple[Graph, State]:
     """Build model and optimizer as (graph definition, state)."""
-    model = Transformer(settings, attention=attention)
+    model = Transformer(settings)
     optimizer = nnx.Optimizer(model, make_optimizer(settings), wrt=nnx.Param)
     return nnx.split((model, optimizer))
 
