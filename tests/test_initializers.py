@@ -35,8 +35,6 @@ def fan_ins(pattern):
     ("name", "distribution"),
     [
         ("lecun_normal", "balanced"),
-        ("lecun_uniform", "balanced"),
-        ("he_normal", "balanced"),
         ("he_uniform", "balanced"),
         ("lecun_normal", "bernoulli"),
     ],
@@ -64,16 +62,16 @@ def test_outputs_of_real_inputs_vary_as_those_of_a_dense_layer():
     assert np.var(sparse) == pytest.approx(dense, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["glorot_normal", "glorot_uniform"])
-def test_glorot_sees_real_inputs_and_all_outputs(name):
+def test_glorot_sees_real_inputs_and_all_outputs():
     pattern = patterns.random((1024, 1536), 8, density=0.1)
     (fan_in,) = set(fan_ins(pattern))
-    variance = np.sum(dense_of(DENSE[name], pattern) ** 2, axis=0).mean()
+    variance = np.sum(dense_of(DENSE["glorot_normal"], pattern) ** 2, axis=0).mean()
     assert variance == pytest.approx(2 * fan_in / (fan_in + 1536), rel=0.05)
 
 
-@pytest.mark.parametrize("shape", [(64, 96), (60, 90), (5, 3)])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(
+    ("shape", "name"), [*(((60, 90), name) for name in DENSE), ((64, 96), "lecun_normal"), ((5, 3), "lecun_normal")]
+)
 def test_values_are_the_dense_ones_at_density_1(shape, name):
     wanted = DENSE[name](KEY, shape, jnp.float32)
     full = patterns.random(shape, 16, density=1.0)

@@ -140,6 +140,13 @@ class TestLikeDense:
         y, _ = layer(promote_dtype=promote).init_with_output(KEY, x_of(2))
         assert y.dtype == jnp.float16
 
+    def test_precision_and_implementation_reach_the_product(self):
+        variables = layer().init(KEY, x_of(2))
+        with pytest.raises(ValueError, match="precision must be"):
+            layer(precision="exact").apply(variables, x_of(2))
+        with pytest.raises(ValueError, match="implementation must be None, 'native' or 'xla', got 'cuda'"):
+            layer(implementation="cuda").apply(variables, x_of(2))
+
     def test_draws_the_same_keys(self):
         class Pair(nn.Module):
             first: nn.Module

@@ -111,6 +111,15 @@ class TestFromDense:
         np.testing.assert_array_equal(w.data, wanted)
         assert_equal(w, densified(w))
 
+    def test_positions_outside_the_grid_stay_empty(self):
+        @jax.jit
+        def cut(rows, cols, dense):
+            pattern = BlockPattern.from_coordinates(rows, cols, shape=(32, 32), block_size=16)
+            return BlockSparseMatrix.fromdense(dense, pattern=pattern)
+
+        w = cut(np.array([-1, 1, 0, 1]), np.array([0, -1, 2, 1]), np.ones((32, 32), np.float32))
+        assert np.asarray(w.data).any(axis=(1, 2)).tolist() == [False, False, False, True]
+
     def test_gradient_goes_to_the_blocks_that_are_kept(self):
         pattern = patterns.random((30, 41), 16, density=0.5)
         kept = densified(BlockSparseMatrix(jnp.ones((pattern.nnz, 16, 16)), pattern))
@@ -230,7 +239,7 @@ class TestSciPy:
         assert_equal(back, w)
 
     def test_bsr_keeps_block_size_order_and_inert_entries_apart(self):
-        pattern = BlockPattern.from_coordinates([1, 2, 0, 1], [2, 0, 1, 0], shape=(32, 48), block_size=16)
+        pattern = BlockPattern.from_coordinates([1, 2, 0, 1], [2, 9, 1, 0], shape=(32, 48), block_size=16)
         w = BlockSparseMatrix(jnp.asarray(integers((4, 16, 16))).at[1].set(jnp.nan), pattern)
         bsr = w.to_scipy_sparse()
         assert bsr.blocksize == (16, 16)

@@ -140,6 +140,8 @@ def test_block_diagonal_makes_independent_groups(grid, density):
         (tuple(np.flatnonzero(mask[:, column])), tuple(np.flatnonzero(mask[row]))) for row, column in np.argwhere(mask)
     }
     assert len(squares) == groups
+    for square in squares:
+        assert all(set(np.diff(side)) <= {1} for side in square)
     heights, widths = ([len(square[axis]) for square in squares] for axis in (0, 1))
     assert sum(heights) == grid[0]
     assert sum(widths) == grid[1]

@@ -46,12 +46,12 @@ def init_blocks(
       ((256, 16, 16), 1.0)
     """
     check_is_pattern("pattern", pattern)
-    (k, n), (_, grid_n), b = pattern.shape, pattern.grid, pattern.block_size
+    n, grid_n, b = pattern.shape[1], pattern.grid[1], pattern.block_size
     data = jnp.zeros((pattern.nnz, b, b), dtype)
     for fan_in, columns, ids in _columns_by_fan_in(pattern):
-        own_key = key if fan_in == k else jax.random.fold_in(key, fan_in)
+        # One key for all: no two block columns take the same columns of what is drawn.
         width = n if columns[-1] < grid_n else len(columns) * b
-        data = _place(data, ids, columns, kernel_init(own_key, (fan_in, width), dtype))
+        data = _place(data, ids, columns, kernel_init(key, (fan_in, width), dtype))
     return jnp.where(_inside(pattern), data, 0)
 
 
