@@ -23,8 +23,14 @@ def check(x, w, wanted=None, *, preferred_element_type=None, **options):
     cases.assert_exact(got, cases.wide(x) @ dense if wanted is None else wanted, as_dense)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
-@pytest.mark.parametrize(("implementation", "dtype", "case"), cases.PRODUCTS, ids=str)
+# In plain XLA, the transpose is the same program with other arrays.
+DIRECTIONS = [
+    *((*product, False) for product in cases.PRODUCTS),
+    *((*product, True) for product in cases.PRODUCTS if product[0] == "native" or product[2] in cases.BLOCKS),
+]
+
+
+@pytest.mark.parametrize(("implementation", "dtype", "case", "transposed"), DIRECTIONS, ids=str)
 def test_equals_the_dense_product(implementation, dtype, case, transposed, device):
     implementation = cases.available(implementation, device, dtype)
     with cases.enable_x64(dtype):
@@ -68,7 +74,7 @@ def test_native_float32_is_float32_at_every_precision(precision, device):
     check(case.x(), case.w(), implementation="native", precision=precision)
 
 
-@pytest.mark.parametrize(("implementation", "examples"), [("native", 40), ("xla", 10)])
+@pytest.mark.parametrize(("implementation", "examples"), [("native", 25), ("xla", 6)])
 def test_equals_scipy_on_random_patterns(implementation, examples, device):
     """SciPy's BSR product knows nothing of ours, neither of its patterns nor of its tails."""
 
@@ -119,9 +125,15 @@ def test_is_the_same_to_the_bit_every_time(implementation, dtype, transposed, de
         assert np.asarray(again(x, w)).tobytes() == first
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", [case for case in cases.CASES if 0 not in case.leading], ids=str)
-def test_every_element_of_the_result_is_written(case, dtype, device):
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [
+        *(("float32", case) for case in cases.CASES if 0 not in case.leading),
+        *(("bfloat16", case) for case in cases.BLOCKS),
+    ],
+    ids=str,
+)
+def test_every_element_of_the_result_is_written(dtype, case, device):
     """The custom call gets a buffer full of NaN to write to: a donated one."""
 
     def product(buffer, x, w):

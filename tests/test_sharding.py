@@ -115,9 +115,12 @@ def test_shard_map_over_an_ensemble(mesh):
     assert cases.relative_error(got, cases.wide(X[0]) @ np.stack(dense)) < 1e-5
 
 
+SPECS = [P(), P("batch"), P("batch", "sequence"), P(None, ("batch", "sequence")), P("sequence", None, "batch")]
+
+
 @pytest.mark.parametrize(
-    "spec",
-    [P(), P("batch"), P("batch", "sequence"), P(None, ("batch", "sequence")), P("sequence", None, "batch")],
+    ("implementation", "spec"),
+    [*(("native", spec) for spec in SPECS), *(("xla", spec) for spec in SPECS[2:4])],
     ids=str,
 )
 def test_jit_with_sharded_inputs(square_mesh, spec, implementation):
