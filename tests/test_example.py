@@ -129,7 +129,7 @@ def test_resume_refuses_what_would_change_the_run(finished, text_folder, tmp_pat
     folder, _ = finished
     with pytest.raises(SystemExit):
         parse(["--run-dir", str(folder), "--resume", "--lr", "0.5"])
-    assert "started with lr = 0.003, got 0.5" in capsys.readouterr().err
+    assert "started with lr = 0.006, got 0.5" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse(["--run-dir", str(folder)])
     assert "holds a run already" in capsys.readouterr().err
@@ -263,7 +263,7 @@ def test_model_is_causal():
 
 def test_rotation_depends_on_distance_only():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    rotated = [rotate(jnp.broadcast_to(x, (1, 12, 1, 8)))[0, :, 0] for x in (query, key)]
+    rotated = [np.asarray(rotate(jnp.broadcast_to(x, (1, 12, 1, 8))))[0, :, 0] for x in (query, key)]
     scores = rotated[0] @ rotated[1].T
     for distance in (0, 3):
         np.testing.assert_allclose(np.diagonal(scores, distance), scores[0, distance], rtol=1e-4)
