@@ -30,12 +30,12 @@ struct SmallConsumers {
     const int first = warp * tile.units / kWarps, count = (warp + 1) * tile.units / kWarps - first;
 
     // Where this lane's row of each unit's first 16 x 16 piece lies in a stage, in pieces of 16 bytes: x in the lower
-    // half of a word, dy in the upper. Matrices come as (tokens 0-7, features 0-7), (0-7, 8-15), (8-15, 0-7), ...
-    const int token = lane % 8 + lane / 16 * 8, piece = lane / 8 % 2;
-    const auto address = [&](int unit) {
+    // half of a word, dy in the upper. Of x come first the matrices of tokens 0 to 7, of dy those of features 0 to 7:
+    // the orders in which the product wants them.
+    const auto address = [](int unit, int token, int piece) {
       constexpr int kPerPanel = kPanel / kUnit;
-      const int sixteenth = unit % kPerPanel * (kUnit / 8) + piece;
-      return unit / kPerPanel * (Shape::kPanelBytes / 16) + token * 8 + (sixteenth ^ token % 8);
+      const int eighth = unit % kPerPanel * (kUnit / 8) + piece;
+      return unit / kPerPanel * (Shape::kPanelBytes / 16) + token * 8 + (eighth ^ token % 8);
     };
     std::uint32_t places[kMostUnits];
     std::uint32_t starts = 0;  // bit i: unit i has another row of units than the one before
@@ -43,7 +43,7 @@ struct SmallConsumers {
 #pragma unroll
     for (int i = 0; i < kMostUnits; ++i) {
       const int2 slot = i < count ? tile.Slot(p, first + i) : int2{};
-      places[i] = address(slot.x) | address(slot.y) << 16;
+      places[i] = address(slot.x, lane % 8 + lane / 16 * 8, lane / 8 % 2) | address(slot.y, lane % 16, lane / 16) << 16;
       if (slot.x != last) starts |= 1u << i;
       last = slot.x;
     }
@@ -65,23 +65,23 @@ struct SmallConsumers {
 #pragma unroll
           for (int n = 0; n < kSteps; ++n) LoadMatrices<true>(dy[i % 2][n], base + (places[i] >> 16 << 4 ^ n * 32));
         };
-        if (count > 0) {
-          load_x(0);
-          load_dy(0);
-        }
+        // Else the compiler keeps all the conditions below, and runs out of predicates.
+        asm volatile("" : "+r"(starts));
+        load_x(0);
+        load_dy(0);
 #pragma unroll
         for (int i = 0; i < kMostUnits; ++i) {
-          if (i >= count) break;
-          if (i + 1 < kMostUnits && i + 1 < count) load_dy(i + 1);
+          if (i % 2 == 0 && i >= count) break;  // units beyond the last are multiplied, but not kept
+          if (i + 1 < kMostUnits) load_dy(i + 1);
 #pragma unroll
           for (int m = 0; m < kSteps; ++m) {
 #pragma unroll
             for (int n = 0; n < kSteps; ++n) {
-              MultiplyAdd<T>(sums[i][m][2 * n], x[m], dy[i % 2][n][0], dy[i % 2][n][2]);
-              MultiplyAdd<T>(sums[i][m][2 * n + 1], x[m], dy[i % 2][n][1], dy[i % 2][n][3]);
+              MultiplyAdd<T>(sums[i][m][2 * n], x[m], dy[i % 2][n][0], dy[i % 2][n][1]);
+              MultiplyAdd<T>(sums[i][m][2 * n + 1], x[m], dy[i % 2][n][2], dy[i % 2][n][3]);
             }
           }
-          if (i + 1 < kMostUnits && i + 1 < count && (starts >> (i + 1) & 1)) load_x(i + 1);
+          if (i + 1 < kMostUnits && (starts >> (i + 1) & 1)) load_x(i + 1);
         }
       }
       __syncwarp();
