@@ -26,8 +26,11 @@ def read(plan, layout):
     """(block row, block column, id) of every block that is stored, checking what the kernels rely on."""
     b, per_slab = layout.block_size, layout.slab // layout.unit
     found = []
-    for tile, (first, units, x_slabs, dy_slabs) in enumerate(plan.tiles[:-1]):
+    for tile, (first, first_unit, x_slabs, dy_slabs) in enumerate(plan.tiles[:-1]):
+        last, last_unit = plan.tiles[tile + 1, :2]
+        units = last_unit - first_unit
         if units == 0:
+            assert first == last
             continue
         assert 1 <= units <= layout.capacity
         assert 1 <= x_slabs <= layout.max_x_slabs
@@ -36,12 +39,12 @@ def read(plan, layout):
         assert len(set(slabs[:x_slabs])) == x_slabs
         assert len(set(slabs[x_slabs : x_slabs + dy_slabs])) == dy_slabs
         stored = set()
-        for position in range(first, plan.tiles[tile + 1, 0]):
+        for position in range(first, last):
             place = plan.places[position]
             slot, in_row, in_col = place & 255, place >> 8 & 15, place >> 12 & 15
             assert slot < units
             stored.add(slot)
-            x, dy = plan.slots[tile, slot] & 0xFFFF, plan.slots[tile, slot] >> 16
+            x, dy = plan.slots[first_unit + slot] & 0xFFFF, plan.slots[first_unit + slot] >> 16
             assert x < x_slabs * per_slab <= dy < (x_slabs + dy_slabs) * per_slab
             row = (slabs[x // per_slab] * per_slab + x % per_slab) * layout.ratio + in_row
             col = (slabs[dy // per_slab] * per_slab + dy % per_slab) * layout.ratio + in_col
@@ -90,7 +93,7 @@ def test_order_is_a_permutation_with_inert_blocks_last():
 
 def test_tiles_of_a_strip_are_even():
     rows, cols, layout = make_case(16, 16, (1024, 1024), 0.2, strip=512, target=20)
-    units = make_plan(rows, cols, layout, np).tiles[:-1, 1]
+    units = np.diff(make_plan(rows, cols, layout, np).tiles[:, 1])
     units = units[units > 0]
     assert units.size <= 20
     assert units.max() <= 1.1 * units.mean()
@@ -100,7 +103,7 @@ def test_tile_that_needs_too_many_slabs_is_cut():
     rows = np.arange(160, dtype=np.int32) * 4  # one block in each slab of x, all in one column
     layout = SddmmLayout(160 * 64, 64, 16, 160, 16, 64, target=1, split=1)
     plan = make_plan(rows, np.zeros(160, np.int32), layout, np)
-    assert plan.tiles[:-1, 1].tolist()[:6] == [27, 27, 27, 27, 27, 25]
+    assert np.diff(plan.tiles[:, 1])[:6].tolist() == [27, 27, 27, 27, 27, 25]
     assert sorted(read(plan, layout)) == expected(rows, np.zeros(160, np.int32), layout)
 
 
@@ -115,4 +118,6 @@ def test_blocks_at_the_same_place_are_both_stored():
 def test_pattern_without_blocks_has_tiles_without_units(unit):
     none = np.zeros(0, np.int32)
     layout = SddmmLayout(256, 300, 16, 0, unit, 128, target=4, split=1)
-    assert not make_plan(none, none, layout, np).tiles.any()
+    plan = make_plan(none, none, layout, np)
+    assert not plan.tiles.any()
+    assert plan.slots.size == plan.order.size == 0

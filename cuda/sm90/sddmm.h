@@ -21,23 +21,25 @@ constexpr int SddmmMaxSlabs(int unit) { return unit == 128 ? 7 : 28; }
 struct SddmmParams {
   const void* x;               // (x_batch, tokens, in_features)
   const void* dy;              // (dy_batch, tokens, out_features)
-  const std::int32_t* order;   // (plan_batch, nnz)
-  const std::int32_t* places;  // (plan_batch, nnz)
-  const std::int32_t* tiles;   // (plan_batch, tiles + 1, 4)
-  const std::int32_t* slabs;   // (plan_batch, tiles, SddmmMaxSlabs(unit))
-  const std::int32_t* slots;   // (plan_batch, tiles, SddmmCapacity(unit))
+  const std::int32_t* tiles;   // (plan_tiles + 1, 4), for each plan as the following
+  const std::int32_t* slabs;   // (plan_tiles, SddmmMaxSlabs(unit))
+  const std::int32_t* slots;   // (plan_units)
+  const std::int32_t* order;   // (nnz)
+  const std::int32_t* places;  // (nnz)
   void* data;                  // (batch, nnz, block, block)
-  std::int64_t batch, x_batch, dy_batch, plan_batch;
+  std::int64_t batch, x_batch, dy_batch;
+  std::int64_t plan_batch_stride;  // in integers, a multiple of 4; 0 shares the plan
   std::int64_t tokens;
   std::int32_t in_features;
   std::int32_t out_features;
   std::int32_t nnz;
   std::int32_t block;
-  std::int32_t unit;   // 16 to 128, a multiple of the block
-  std::int32_t tiles_size;  // tiles that the plan has room for
-  std::int32_t split;  // CTAs that share a tile: 1, 2 or 4
-  ElementType type;    // of x and dy: kBF16 or kF16
-  bool f32_output;     // data is float, else it has the element type
+  std::int32_t unit;        // 16 to 128, a multiple of the block
+  std::int32_t plan_tiles;  // tiles that the plan has room for
+  std::int32_t plan_units;  // units that it has room for
+  std::int32_t split;       // CTAs that share a tile: 1, 2 or 4
+  ElementType type;         // of x and dy: kBF16 or kF16
+  bool f32_output;          // data is float, else it has the element type
 };
 
 // Whether the kernels take these operands: tensor copies want rows at multiples of 16 bytes.

@@ -24,19 +24,20 @@ static_assert(kSharedBytes + 1024 <= 227 * 1024, "room for barriers and lists");
 struct SddmmKernelParams {
   CUtensorMap x;
   CUtensorMap dy;
-  const int* order;
-  const int* places;
   const int4* tiles;
   const int* slabs;
   const int* slots;
+  const int* order;
+  const int* places;
   void* data;
-  int tiles_size;
+  std::int64_t plan_batch_stride;
+  int plan_tiles, plan_units;
   int split;
   int nnz;
   int block;
   int ratio_bits;  // log2 of the blocks along a unit's side
   int chunks;      // of tokens
-  bool x_shared, dy_shared, plan_shared;
+  bool x_shared, dy_shared;
   bool f32_output;
 };
 
@@ -56,12 +57,15 @@ struct SddmmShape {
   static_assert(kCapacity * kUnit * kUnit * int{sizeof(float)} <= kRingBytes, "the sums take the place of the stages");
 };
 
-// The CTA's tile, and which of its chunks of tokens this CTA takes: first_chunk, and then every split-th.
+// The CTA's tile, and which of its chunks of tokens this CTA takes: the rank-th, and then every split-th.
 template <typename Shape>
 struct SddmmTile {
-  int batch, index;  // index of the tile in all plans
+  int batch;
+  std::int64_t plan;  // where the plan begins, in integers
+  int number;         // of the tile in the plan
   int first_block, last_block;
-  int units, x_slabs, dy_slabs;
+  int first_unit, units;
+  int x_slabs, dy_slabs;
   int rank, split;
   int stages;
 
@@ -69,17 +73,18 @@ struct SddmmTile {
     const int cluster = blockIdx.x / p.split;
     rank = blockIdx.x % p.split;
     split = p.split;
-    batch = cluster / p.tiles_size;
-    const int plan = p.plan_shared ? 0 : batch, number = cluster % p.tiles_size;
-    index = plan * p.tiles_size + number;
-    const int4* entry = p.tiles + static_cast<std::int64_t>(plan) * (p.tiles_size + 1) + number;
-    const int4 tile = __ldg(entry);
-    const auto clamp = [](int value, int most) { return max(0, min(value, most)); };
-    first_block = clamp(tile.x, p.nnz);
-    last_block = clamp(__ldg(&entry[1].x), p.nnz);
-    units = clamp(tile.y, Shape::kCapacity);
-    x_slabs = clamp(tile.z, Shape::kMaxSlabs - 1);
-    dy_slabs = clamp(tile.w, Shape::kMaxSlabs - x_slabs);
+    batch = cluster / p.plan_tiles;
+    plan = batch * p.plan_batch_stride;
+    number = cluster % p.plan_tiles;
+    const int4* entry = p.tiles + plan / 4 + number;
+    const int4 tile = __ldg(entry), next = __ldg(entry + 1);
+    const auto clamp = [](int value, int least, int most) { return max(least, min(value, most)); };
+    first_block = clamp(tile.x, 0, p.nnz);
+    last_block = clamp(next.x, first_block, p.nnz);
+    first_unit = clamp(tile.y, 0, p.plan_units);
+    units = clamp(next.y, first_unit, min(p.plan_units, first_unit + Shape::kCapacity)) - first_unit;
+    x_slabs = clamp(tile.z, 0, Shape::kMaxSlabs - 1);
+    dy_slabs = clamp(tile.w, 0, Shape::kMaxSlabs - x_slabs);
     stages = min(kMaxStages, kRingBytes / max(1, stage_bytes()));
   }
 
@@ -90,7 +95,7 @@ struct SddmmTile {
 
   // Where a unit's x and dy lie in a stage, in units; each is below the number of units in the slabs.
   __device__ int2 Slot(const SddmmKernelParams& p, int unit) const {
-    const auto word = static_cast<std::uint32_t>(__ldg(p.slots + std::int64_t{index} * Shape::kCapacity + unit));
+    const auto word = static_cast<std::uint32_t>(__ldg(p.slots + plan + first_unit + unit));
     const std::uint32_t most = slabs() * (Shape::kSlab / Shape::kUnit) - 1;
     return {static_cast<int>(min(word & 0xffff, most)), static_cast<int>(min(word >> 16, most))};
   }
@@ -190,7 +195,6 @@ __device__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& 
                             int warp) {
   constexpr int kUnitBytes = Shape::kUnit * Shape::kUnit * 4;
   const int lane = threadIdx.x % 32;
-  const std::int64_t plan = p.plan_shared ? 0 : static_cast<std::int64_t>(tile.batch) * p.nnz;
   const int eights = p.block / 8, area = p.block * p.block;
   data += static_cast<std::int64_t>(tile.batch) * p.nnz * area;
   const int stride = tile.split * kWarps;
@@ -198,8 +202,8 @@ __device__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& 
     int id = -1;
     std::uint32_t place = 0;
     if (const std::int64_t mine = first + std::int64_t{lane} * stride; mine < tile.last_block) {
-      id = __ldg(p.order + plan + mine);
-      place = static_cast<std::uint32_t>(__ldg(p.places + plan + mine));
+      id = __ldg(p.order + tile.plan + mine);
+      place = static_cast<std::uint32_t>(__ldg(p.places + tile.plan + mine));
     }
     for (int i = 0; i < 32 && first + std::int64_t{i} * stride < tile.last_block; ++i) {
       const int block = __shfl_sync(kAllLanes, id, i);
@@ -228,15 +232,14 @@ __device__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& 
 }
 
 // Zeroes the inert blocks; all CTAs of a batch element share the work.
-template <typename Out>
-__device__ void ZeroInert(const SddmmKernelParams& p, int batch, Out* data) {
-  const std::int64_t plan = p.plan_shared ? 0 : batch;
-  const int live = max(0, __ldg(&p.tiles[plan * (p.tiles_size + 1) + p.tiles_size].x));
-  const int area = p.block * p.block, ctas = p.tiles_size * p.split;
-  for (std::int64_t i = live + std::int64_t{blockIdx.x} % ctas; i < p.nnz; i += ctas) {
-    const int block = __ldg(p.order + plan * p.nnz + i);
+template <typename Shape, typename Out>
+__device__ void ZeroInert(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, Out* data) {
+  const int live = max(0, __ldg(&p.tiles[tile.plan / 4 + p.plan_tiles].x));
+  const int area = p.block * p.block, ctas = p.plan_tiles * p.split;
+  for (std::int64_t i = std::int64_t{live} + tile.number * p.split + tile.rank; i < p.nnz; i += ctas) {
+    const int block = __ldg(p.order + tile.plan + i);
     if (block < 0 || block >= p.nnz) continue;
-    Out* to = data + (static_cast<std::int64_t>(batch) * p.nnz + block) * area;
+    Out* to = data + (static_cast<std::int64_t>(tile.batch) * p.nnz + block) * area;
     for (int item = threadIdx.x; item < area / 8; item += blockDim.x) StoreEight(to + item * 8, float4{}, float4{});
   }
 }
@@ -251,9 +254,9 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
 
   const SddmmTile<Shape> tile(p);
   if (p.f32_output) {
-    ZeroInert(p, tile.batch, static_cast<float*>(p.data));
+    ZeroInert(p, tile, static_cast<float*>(p.data));
   } else {
-    ZeroInert(p, tile.batch, static_cast<T*>(p.data));
+    ZeroInert(p, tile, static_cast<T*>(p.data));
   }
   if (tile.IsEmpty()) return;
 
@@ -261,7 +264,7 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) StageRing::Init(SharedAddress(shared.barriers), kCopyWarps, kWarps);
   if (const int panel = threadIdx.x; panel < Shape::kMaxSlabs * Shape::kPanelsPerSlab) {
-    const int slab = __ldg(p.slabs + std::int64_t{tile.index} * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
+    const int slab = __ldg(p.slabs + tile.plan + tile.number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
     shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * kPanel;
   }
   __syncthreads();
@@ -303,13 +306,15 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, int threads, cudaStream_
   error = EncodeTensorMap(&p.dy, {params.dy, kType, 2, extent(params.out_features), extent(params.tokens),
                                   extent(params.dy_batch), Shape::kTokens});
   if (error != cudaSuccess) return error;
-  p.order = params.order;
-  p.places = params.places;
   p.tiles = reinterpret_cast<const int4*>(params.tiles);
   p.slabs = params.slabs;
   p.slots = params.slots;
+  p.order = params.order;
+  p.places = params.places;
   p.data = params.data;
-  p.tiles_size = params.tiles_size;
+  p.plan_batch_stride = params.plan_batch_stride;
+  p.plan_tiles = params.plan_tiles;
+  p.plan_units = params.plan_units;
   p.split = params.split;
   p.nnz = params.nnz;
   p.block = params.block;
@@ -317,11 +322,10 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, int threads, cudaStream_
   p.chunks = static_cast<int>(CeilDiv(params.tokens, Shape::kTokens));
   p.x_shared = params.x_batch == 1;
   p.dy_shared = params.dy_batch == 1;
-  p.plan_shared = params.plan_batch == 1;
   p.f32_output = params.f32_output;
 
   if (error = AllowSharedMemory<kKernel>(kSharedBytes); error != cudaSuccess) return error;
-  const std::int64_t ctas = params.batch * params.tiles_size * params.split;
+  const std::int64_t ctas = params.batch * params.plan_tiles * params.split;
   if (ctas > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;

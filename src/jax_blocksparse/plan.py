@@ -8,6 +8,7 @@ pattern.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -161,8 +162,12 @@ def make_flat_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: Mod
     Returns:
       (flat_size(layout),) int32, the lists of a `Plan` one after the other, each padded to a multiple of 16 bytes.
     """
-    lists = (each.ravel() for each in make_plan(rows, cols, layout, xp))
-    return xp.concatenate([xp.pad(each, (0, -each.shape[0] % _ALIGNMENT)) for each in lists])
+    return flatten(make_plan(rows, cols, layout, xp), xp)
+
+
+def flatten(lists: Sequence[jax.Array], xp: ModuleType) -> jax.Array:
+    """Puts lists one after the other, each padded to a multiple of 16 bytes."""
+    return xp.concatenate([xp.pad(each.ravel(), (0, -each.size % _ALIGNMENT)) for each in lists])
 
 
 def make_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: ModuleType) -> Plan:

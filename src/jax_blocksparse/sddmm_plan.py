@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jax_blocksparse.plan import flatten
+
 CAPACITY = {16: 160, 32: 40, 64: 12, 128: 3}
 """By unit: the number that a tile can have. As in sddmm.h."""
 MAX_SLABS = {16: 28, 32: 28, 64: 28, 128: 7}
@@ -89,34 +91,50 @@ class SddmmLayout:
         return self.max_slabs - self.strip // self.slab
 
     @property
+    def max_units(self) -> int:
+        """As many units as any pattern can have."""
+        return min(self.nnz, math.prod(self.units))
+
+    @property
     def tiles(self) -> int:
         """As many tiles as any pattern can take."""
-        units = min(self.nnz, math.prod(self.units))
+        units = self.max_units
         tiles = max(self.target, units // self.capacity + self.strips)
         if self.capacity > self.max_x_slabs:  # a tile may be cut because it needs too many
             tiles += (min(units, self.strips * -(-self.in_features // self.slab)) + tiles) // self.max_x_slabs
         return tiles
+
+    @property
+    def shapes(self) -> "SddmmPlan":
+        """The shapes of the lists."""
+        return SddmmPlan(
+            tiles=(self.tiles + 1, 4),
+            slabs=(self.tiles, self.max_slabs),
+            slots=(self.max_units,),
+            order=(self.nnz,),
+            places=(self.nnz,),
+        )
 
 
 class SddmmPlan(NamedTuple):
     """The lists, all int32.
 
     Attributes:
-      order: (nnz,) block ids, those of a tile together, inert ones last.
-      places: (nnz,) for each block of `order`, where it is in its tile. Bits 0 to 7: slot of its unit; 8 to 11 and 12
-        to 15: row and column of blocks in the unit; 16 to 20 and 21 to 25: rows and columns that exist, in eights.
-      tiles: (tiles + 1, 4); per tile the position in `order` of its first block, and its numbers of units, slabs of x
-        and slabs of dy. The last entry is the position of the first inert block.
+      tiles: (tiles + 1, 4); per tile its first position in `order`, its first in `slots`, and its numbers of slabs of x
+        and of dy. Where a tile ends, the next one begins; the last entry is the end of the last tile.
       slabs: (tiles, max_slabs), numbers of slabs, those of x first.
-      slots: (tiles, capacity), per unit of a tile in rows of units: bits 0 to 15 and 16 to 31 say where its x and its
-        dy lie in the tile's slabs, in units (position in `slabs` * units of a slab + unit in the slab).
+      slots: (max_units,); per unit, those of a tile together and in rows of units: bits 0 to 15 and 16 to 31 say where
+        its x and its dy lie in the tile's slabs, in units (position in `slabs` * units of a slab + unit in the slab).
+      order: (nnz,) block ids, those of a tile together, inert ones last.
+      places: (nnz,) for each block of `order`, where it is in its tile. Bits 0 to 7: which of the units; 8 to 11 and 12
+        to 15: row and column of blocks in the unit; 16 to 20 and 21 to 25: rows and columns that exist, in eights.
     """
 
-    order: jax.Array
-    places: jax.Array
     tiles: jax.Array
     slabs: jax.Array
     slots: jax.Array
+    order: jax.Array
+    places: jax.Array
 
 
 def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleType) -> SddmmPlan:
@@ -135,8 +153,8 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
       >>> import numpy as np
       >>> layout = SddmmLayout(64, 128, block_size=16, nnz=3, unit=16, strip=64, target=2, split=1)
       >>> plan = make_plan(np.array([3, 0, 2]), np.array([1, 7, 0]), layout, np)
-      >>> plan.order.tolist(), plan.tiles[:2].tolist()
-      ([2, 0, 1], [[0, 2, 1, 1], [2, 1, 1, 1]])
+      >>> plan.order.tolist(), plan.tiles.tolist()
+      ([2, 0, 1], [[0, 0, 1, 1], [2, 2, 1, 1], [3, 3, 0, 0]])
     """
     unit, ratio, strips, per_slab = layout.unit, layout.ratio, layout.strips, layout.slab // layout.unit
     width, height = layout.strip // unit, layout.units[0]  # of a strip, in units
@@ -190,17 +208,23 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
         layout.tiles * layout.max_slabs,
     )
     x_place, dy_place = x_rank * per_slab + unit_row % per_slab, dy_rank * per_slab + unit_col % per_slab
-    slots = _put(xp, tile * layout.capacity + slot, x_place | dy_place << 16, layout.tiles * layout.capacity)
+    slots = _put(xp, xp.where(live, number, layout.max_units), x_place | dy_place << 16, layout.max_units)
     first = xp.searchsorted(tile, xp.arange(layout.tiles + 1))
-    counts = [_count(xp, tile, new_unit, layout.tiles), x_slabs, used.sum(1)]
-    tiles = xp.stack([first, *(xp.concatenate([count, xp.zeros(1, count.dtype)]) for count in counts)], -1)
+    first_unit = xp.concatenate([xp.zeros(1, number.dtype), xp.cumsum(new_unit)])[first]
+    slab_counts = (xp.pad(count, (0, 1)) for count in (x_slabs, used.sum(1)))
+    tiles = xp.stack([first, first_unit, *slab_counts], -1)
 
     eights = layout.block_size // 8
     rows_left = xp.minimum(eights, layout.in_features // 8 - rows * eights)
     cols_left = xp.minimum(eights, layout.out_features // 8 - cols * eights)
     places = slot | rows % ratio << 8 | cols % ratio << 12 | rows_left << 16 | cols_left << 21
-    plan = order, xp.where(live, places, 0), tiles, slabs.reshape(layout.tiles, -1), slots.reshape(layout.tiles, -1)
-    return SddmmPlan(*(array.astype(np.int32) for array in plan))
+    plan = SddmmPlan(tiles, slabs, slots, order, xp.where(live, places, 0))
+    return SddmmPlan(*(xp.reshape(a, shape).astype(np.int32) for a, shape in zip(plan, layout.shapes, strict=True)))
+
+
+def make_flat_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleType) -> jax.Array:
+    """Makes the plan of a pattern as the one array that the kernels take: the lists one after the other."""
+    return flatten(make_plan(rows, cols, layout, xp), xp)
 
 
 def _changes(xp: ModuleType, values: jax.Array) -> jax.Array:
