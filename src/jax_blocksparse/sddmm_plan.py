@@ -14,15 +14,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jax_blocksparse.plan import flatten
+from jax_blocksparse.plan import flatten, sum_at
 
 CAPACITY = {16: 160, 32: 40, 64: 12, 128: 3}
 """By unit: the number that a tile can have. As in sddmm.h."""
 MAX_SLABS = {16: 28, 32: 28, 64: 28, 128: 7}
 """By unit: the number of slabs that a tile can need. As in sddmm.h."""
 
+SLAB_WEIGHT = {16: 6, 32: 2, 64: 2, 128: 1}
+"""By unit: how many of them take as long to multiply as a slab takes to copy."""
+
 _SMS = 132
-_SPLITS = {1: _SMS, 2: _SMS // 2, 3: 42, 4: 32}
+_SPLITS = {1: _SMS, 2: _SMS // 2, 3: 39, 4: 30}
 """Clusters that run at a time, by their size."""
 
 
@@ -96,13 +99,18 @@ class SddmmLayout:
         return min(self.nnz, math.prod(self.units))
 
     @property
+    def max_weight(self) -> int:
+        """The weight of a tile that is full."""
+        return self.capacity + SLAB_WEIGHT[self.unit] * min(self.capacity, self.max_x_slabs)
+
+    @property
     def tiles(self) -> int:
         """As many tiles as any pattern can take."""
         units = self.max_units
-        tiles = max(self.target, units // self.capacity + self.strips)
-        if self.capacity > self.max_x_slabs:  # a tile may be cut because it needs too many
-            tiles += (min(units, self.strips * -(-self.in_features // self.slab)) + tiles) // self.max_x_slabs
-        return tiles
+        slabs = min(units, self.strips * -(-self.in_features // self.slab))  # that strips need
+        weight = units + SLAB_WEIGHT[self.unit] * slabs
+        tiles = min(slabs, max(self.target, weight // self.max_weight + self.strips)) + units // self.capacity
+        return tiles + (slabs + tiles) // self.max_x_slabs
 
     @property
     def shapes(self) -> "SddmmPlan":
@@ -172,19 +180,26 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     new_unit = live & _changes(xp, key)
     number = xp.cumsum(new_unit) - 1
 
-    # Tiles of a strip: as even as possible, and as small as the target allows.
-    before = xp.searchsorted(key, xp.arange(strips + 1) * (height * width))
-    before = xp.concatenate([xp.zeros(1, number.dtype), number + 1])[before]
-    counts = before[1:] - before[:-1]
-    sizes = xp.arange(1, layout.capacity + 1)
-    fits = (-(-counts // sizes[:, None])).sum(1) <= layout.target
-    size = xp.where(fits.any(), xp.argmax(fits) + 1, layout.capacity)
-    size = xp.maximum(1, -(-counts // xp.maximum(1, -(-counts // size))))
-    new_tile = live & (_changes(xp, strip) | _changes(xp, (number - before[strip]) // size[strip]))
-
-    # A tile that needs too many slabs of x is cut.
+    # Tiles of a strip: whole rows of slabs, of about the same weight, and as small as the target allows.
     x_slab = unit_row // per_slab
-    new_slab = live & (new_tile | _changes(xp, x_slab))
+    new_slab = live & (_changes(xp, strip) | _changes(xp, x_slab))
+    weight = new_unit + SLAB_WEIGHT[unit] * new_slab
+    total = xp.cumsum(weight)
+    bounds = xp.searchsorted(key, xp.arange(strips + 1) * (height * width))
+    bounds = xp.concatenate([xp.zeros(1, total.dtype), total])[bounds]
+    weights = bounds[1:] - bounds[:-1]
+    sizes = xp.arange(1, layout.max_weight + 1)
+    fits = (-(-weights // sizes[:, None])).sum(1) <= layout.target
+    size = xp.where(fits.any(), xp.argmax(fits) + 1, layout.max_weight)
+    size = xp.maximum(1, -(-weights // xp.maximum(1, -(-weights // size))))
+    row = xp.maximum(0, xp.cumsum(new_slab) - 1)
+    middle = 2 * (total - weight)[_last(xp, new_slab, position)] + sum_at(xp, row, weight, row.shape[0])[row]
+    new_tile = live & (_changes(xp, strip) | _changes(xp, (middle - 2 * bounds[strip]) // (2 * size[strip])))
+
+    # A tile with too many units, or that needs too many slabs of x, is cut.
+    slot = number - number[_last(xp, new_tile, position)]
+    new_tile = new_tile | (new_unit & (slot % layout.capacity == 0))
+    new_slab = new_slab | new_tile
     x_rank = xp.cumsum(new_slab)
     x_rank = x_rank - x_rank[_last(xp, new_tile, position)]
     new_tile = new_tile | (new_slab & (x_rank % layout.max_x_slabs == 0))
@@ -197,7 +212,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     dy_slab = unit_col // per_slab
     used = _put(xp, tile * slabs_of_strip + dy_slab, xp.ones_like(tile), layout.tiles * slabs_of_strip)
     used = used.reshape(layout.tiles, slabs_of_strip)
-    x_slabs = _count(xp, tile, new_slab, layout.tiles)
+    x_slabs = sum_at(xp, tile, new_slab, layout.tiles)
     dy_rank = (x_slabs[:, None] + xp.cumsum(used, 1) - used).ravel()
     dy_rank = dy_rank[xp.minimum(tile, layout.tiles - 1) * slabs_of_strip + dy_slab]
 
@@ -245,10 +260,3 @@ def _put(xp: ModuleType, index: jax.Array, values: jax.Array, size: int) -> jax.
         result[np.minimum(index, size)] = values
         return result[:size]
     return xp.zeros(size, np.int32).at[index].set(values, mode="drop")
-
-
-def _count(xp: ModuleType, index: jax.Array, flags: jax.Array, size: int) -> jax.Array:
-    """Counts the flags at each index below `size`."""
-    if xp is np:
-        return np.bincount(index, flags, size + 1)[:size].astype(np.int32)
-    return xp.zeros(size, np.int32).at[index].add(flags, mode="drop")
