@@ -31,6 +31,15 @@ __device__ __forceinline__ void StoreShared16(std::uint32_t to, uint4 value) {
                : "memory");
 }
 
+__device__ __forceinline__ uint4 LoadShared16(std::uint32_t from) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(from)
+               : "memory");
+  return value;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l%8 of matrix l/8. With kTranspose each
 // matrix arrives transposed.
 template <bool kTranspose>
@@ -71,6 +80,34 @@ __device__ __forceinline__ void MultiplyAdd<__half>(float (&sum)[4], const std::
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Clusters exist from sm_90 on. Before, every CTA is alone, and these must not be reached.
+//
+// Waits for all threads of the cluster; what they wrote to shared memory before is visible after.
+__device__ __forceinline__ void ClusterSync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// Reads what lies at the address `from` of this CTA in the shared memory of CTA `rank` of the cluster.
+__device__ __forceinline__ float4 LoadClusterShared16(std::uint32_t from, int rank) {
+  float4 value = {};
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .u32 address;\n"
+      "mapa.shared::cluster.u32 address, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [address];\n}"
+      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+      : "r"(from), "r"(rank)
+      : "memory");
+#else
+  __trap();
+#endif
+  return value;
 }
 
 }  // namespace jax_blocksparse
