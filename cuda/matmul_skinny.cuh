@@ -26,10 +26,10 @@ namespace jax_blocksparse {
 constexpr int kUnitDepth = 32;
 constexpr int kDepthSteps = kUnitDepth / 16;  // mma.sync instructions along the depth
 
-template <int kBlock_, int kTokenTiles, int kSplits_>
+template <int kBlock_, int kTokens_, int kSplits_, int kWarpsPerSm>
 struct SkinnyTile {
   static constexpr int kBlock = kBlock_;
-  static constexpr int kTokens = 16 * kTokenTiles;
+  static constexpr int kTokens = kTokens_;
   static constexpr int kPiece = std::min(kBlock, kUnitDepth);  // a unit holds square pieces of this side
   static constexpr int kPieces = kUnitDepth / kPiece;          // of different blocks, side by side in depth
   static constexpr int kParts = kBlock / kPiece;               // units along the depth of a block
@@ -38,18 +38,19 @@ struct SkinnyTile {
   static constexpr int kWarps = kSlices * kSplits;
   static constexpr int kThreads = 32 * kWarps;
 
-  static constexpr int kFeatureTiles = kPiece / 8;
-  static constexpr int kFragments = kTokenTiles * kFeatureTiles;  // of 16 tokens x 8 features, a float4 a lane
-  static constexpr int kSumBytes = kFragments * 32 * int{sizeof(float4)};
+  static constexpr int kTokenTiles = kTokens / 8;
+  static constexpr int kFeatureTiles = std::max(1, kPiece / 16);
+  static constexpr int kFragments = kTokenTiles * kFeatureTiles;  // of 16 features x 8 tokens
+  static constexpr int kHalves = kPiece / kFeatureTiles / 8;      // of a fragment; blocks of 8 use the first alone
+  static constexpr int kSumBytes = kFragments * kHalves * 32 * int{sizeof(float2)};
 
   static constexpr int kUnitBytes = kUnitDepth * kPiece * 2;
   static constexpr int kStages = 4;
   static constexpr int kRingBytes = kStages * kUnitBytes;  // of one warp
   static constexpr int kSharedBytes = kWarps * kRingBytes;
-  static constexpr int kWarpsPerSm = kFragments == 16 ? 16 : kFragments == 8 ? 20 : 24;
   static constexpr int kCtasPerSm = std::max(1, kWarpsPerSm / kWarps);
 
-  static_assert(kWarps <= 32 && (kStages & (kStages - 1)) == 0);
+  static_assert(kTokens % 8 == 0 && kWarps <= 32 && (kStages & (kStages - 1)) == 0);
   static_assert(kSumBytes <= kRingBytes, "a warp leaves its sums in its ring");
   static_assert(kUnitBytes % (16 * 32) == 0, "all lanes copy equally often");
   static_assert(kSharedBytes <= 99 * 1024, "the largest that every architecture since sm_80 allows");
@@ -71,114 +72,121 @@ struct UnitLayout {
     }
   }
 
-  // The fragments of all products for the eight features from 8 * n8 on, in b[j][0 and 1]; with pieces of 16 features
-  // and more also those for the next eight, in b[j][2 and 3].
-  static constexpr int kGroup = std::min(2, kPiece / 8);
-  static __device__ __forceinline__ void Load(std::uint32_t (&b)[kDepthSteps][2 * kGroup], std::uint32_t unit, int n8,
+  // The left operands of the products for 16 features, or for the 8 of a small piece.
+  static __device__ __forceinline__ void Load(std::uint32_t (&a)[kDepthSteps][4], std::uint32_t unit, int feature16,
                                               int lane) {
     static_assert(kDepthSteps == 2);
     if constexpr (kTranspose) {
-#pragma unroll
-      for (int n = 0; n < kGroup; ++n) {
-        const uint4 words = LoadShared16(unit + (8 * (n8 + n) + lane / 4) * (kUnitDepth * 2) + lane % 4 * 16);
-        b[0][2 * n] = words.x;
-        b[0][2 * n + 1] = words.y;
-        b[1][2 * n] = words.z;
-        b[1][2 * n + 1] = words.w;
-      }
-    } else if constexpr (kGroup == 1) {
+      const std::uint32_t row = unit + (16 * feature16 + lane / 4) * (kUnitDepth * 2) + lane % 4 * 16;
+      const uint4 low = LoadShared16(row);
+      const uint4 high = kPiece == 8 ? make_uint4(0, 0, 0, 0) : LoadShared16(row + 8 * kUnitDepth * 2);
+      Set(a[0], low.x, high.x, low.y, high.y);
+      Set(a[1], low.z, high.z, low.w, high.w);
+    } else if constexpr (kPiece == 8) {
       std::uint32_t words[4];
       LoadMatrices<true>(words, unit + TileOffset<kPiece>(lane, 0));
-      b[0][0] = words[0];
-      b[0][1] = words[1];
-      b[1][0] = words[2];
-      b[1][1] = words[3];
+      Set(a[0], words[0], 0, words[1], 0);
+      Set(a[1], words[2], 0, words[3], 0);
     } else {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        LoadMatrices<true>(b[j], unit + TileStep<kPiece>(RowsFirstOffset<kPiece>(lane), j, n8 / 2));
+        LoadMatrices<true>(a[j], unit + TileStep<kPiece>(ChunksFirstOffset<kPiece>(lane), j, feature16));
       }
     }
+  }
+
+ private:
+  static __device__ __forceinline__ void Set(std::uint32_t (&a)[4], std::uint32_t a0, std::uint32_t a1,
+                                             std::uint32_t a2, std::uint32_t a3) {
+    a[0] = a0;
+    a[1] = a1;
+    a[2] = a2;
+    a[3] = a3;
   }
 };
 
 // The units of a column's list that one warp works on: unit `share` and every `shares`-th after it.
 //
-// The 32 lanes hold a window of units, the following window, and the ids of the one after that: order[i] and
-// inner[order[i]] are two dependent loads, and each is issued a window before it is needed. Entries with an id or a row
-// out of range, and those that fill the last unit up, are of depth 0.
+// The 32 lanes hold a window of units and the ids of the following one: order[i] and inner[order[i]] are two dependent
+// loads, and the first is issued a window ahead. Entries with an id or a row out of range, and those that fill the last
+// unit up, lie behind the end of x.
 template <typename Tile>
 class UnitWalk {
   static constexpr unsigned kAllLanes = 0xffffffffu;
   static constexpr int kWindow = 32 / Tile::kPieces;
+  static constexpr int kNowhere = INT_MAX - kUnitDepth;  // still behind every x when depths of a unit are added
 
  public:
   struct Unit {
     int id;     // of the block from which this lane copies
-    int first;  // where in x its piece starts; at or behind the end if there is none
+    int first;  // where in x its piece starts
   };
 
   __device__ UnitWalk(const MatmulParams& params, int batch, int column, int share, int shares)
-      : params_(params), batch_(batch), lane_(threadIdx.x % 32), shares_(shares) {
+      : params_(params), batch_(batch), lane_(threadIdx.x % 32), share_(share), shares_(shares) {
     const std::int32_t* ptr = params.ptr + batch * params.ptr_batch_stride + column;
     begin_ = max(0, min(__ldg(ptr), params.nnz));
-    end_ = max(static_cast<int>(begin_), min(__ldg(ptr + 1), params.nnz));
-    const int units = (end_ - begin_ + Tile::kPieces - 1) / Tile::kPieces * Tile::kParts;
-    count_ = units > share ? (units - share - 1) / shares + 1 : 0;
-    far_unit_ = share + lane_ / Tile::kPieces * shares;
-    far_id_ = IdAt(far_unit_);
-    for (int i = 0; i < 2; ++i) Refill();
+    end_ = max(begin_, min(__ldg(ptr + 1), params.nnz));
+    next_id_ = IdAt(UnitOfLane(0));
   }
 
-  __device__ int count() const { return count_; }
+  __device__ int Count() const {
+    const int units = (end_ - begin_ + Tile::kPieces - 1) / Tile::kPieces * Tile::kParts;
+    return units > share_ ? (units - share_ - 1) / shares_ + 1 : 0;
+  }
 
   __device__ Unit Next() {
-    if (head_ == kWindow) Refill();
-    const int source = head_++ * Tile::kPieces + lane_ / (32 / Tile::kPieces);
+    const int head = taken_ % kWindow;
+    if (head == 0) {
+      id_ = next_id_;
+      first_ = FirstOf(id_, UnitOfLane(taken_));
+      next_id_ = IdAt(UnitOfLane(taken_ + kWindow));
+    }
+    ++taken_;
+    const int source = head * Tile::kPieces + lane_ / (32 / Tile::kPieces);
     return {__shfl_sync(kAllLanes, id_, source), __shfl_sync(kAllLanes, first_, source)};
   }
 
  private:
-  // Behind every x, and still so when the 31 depths of a unit are added.
-  static constexpr int kNowhere = INT_MAX - kUnitDepth;
+  // Unsigned: may pass the end, and so 2^31, by two windows.
+  __device__ std::uint32_t UnitOfLane(int taken) const {
+    return share_ + static_cast<std::uint32_t>(taken + lane_ / Tile::kPieces) * shares_;
+  }
 
   __device__ int IdAt(std::uint32_t unit) const {
     const std::uint32_t entry = begin_ + unit / Tile::kParts * Tile::kPieces + lane_ % Tile::kPieces;
-    return entry < end_ ? __ldg(params_.order + batch_ * params_.order_batch_stride + entry) : -1;
+    return entry < static_cast<std::uint32_t>(end_) ? __ldg(params_.order + batch_ * params_.order_batch_stride + entry) : -1;
   }
 
   __device__ int FirstOf(int id, std::uint32_t unit) const {
     if (id < 0 || id >= params_.nnz) return kNowhere;
     const int row = __ldg(params_.inner + batch_ * params_.order_batch_stride + id);
-    if (row < 0 || row >= CeilDiv(params_.in_features, Tile::kBlock)) return kNowhere;
+    if (row < 0 || row >= (params_.in_features + Tile::kBlock - 1) / Tile::kBlock) return kNowhere;
     return row * Tile::kBlock + static_cast<int>(unit % Tile::kParts) * kUnitDepth;
   }
 
-  __device__ void Refill() {
-    id_ = next_id_;
-    first_ = next_first_;
-    next_id_ = far_id_;
-    next_first_ = FirstOf(far_id_, far_unit_);
-    far_unit_ += kWindow * shares_;
-    far_id_ = IdAt(far_unit_);
-    head_ = 0;
-  }
-
   const MatmulParams& params_;
-  int batch_, lane_, shares_, count_;
-  std::uint32_t begin_, end_;
-  std::uint32_t far_unit_;  // unsigned: may pass the end, and so 2^31, by three windows
-  int head_ = 0;            // first unit of the window that is not used up
-  int id_ = -1, first_ = kNowhere;
-  int next_id_ = -1, next_first_ = kNowhere;
-  int far_id_;
+  int batch_, lane_, share_, shares_;
+  int begin_, end_;
+  int taken_ = 0;
+  int id_, first_, next_id_;
 };
+
+__device__ __forceinline__ float2 Add(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
 
 template <typename T, int kBlock, bool kTranspose, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
-    MatmulSkinnyKernel(const __grid_constant__ MatmulParams p, int cluster) {
+    MatmulSkinnyKernel(const __grid_constant__ MatmulParams p, int cluster_) {
+  const int cluster = cluster_ & 255;
+  if (cluster_ & 256) {
+    const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * Tile::kThreads + threadIdx.x;
+    if (line * 32 < p.nnz) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.order + line * 32));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.inner + line * 32));
+    }
+    if (line * 64 < p.tokens * p.in_features) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.x) + line * 64));
+  }
   using Layout = UnitLayout<Tile::kPiece, kTranspose>;
-  constexpr int kTokenTiles = Tile::kTokens / 16;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ int firsts[Tile::kWarps][Tile::kStages][4];  // where in x the four chunks of a unit are
 
@@ -219,41 +227,39 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     }
   };
 
-  float sums[kTokenTiles][Tile::kFeatureTiles][4] = {};
+  std::uint32_t token_mask = 0;  // bit n: token lane / 4 + 8 * n exists
+  for (int n = 0; n < Tile::kTokenTiles; ++n) token_mask |= (lane / 4 + 8 * n < tokens ? 1u : 0u) << n;
+  float sums[Tile::kFeatureTiles][Tile::kTokenTiles][4] = {};
 
   // The first rounds only load; in each later one, a unit is loaded while the oldest one is multiplied.
   constexpr int kAhead = Tile::kStages - 1;
-  const int count = walk.count();
+  const int count = walk.Count();
 #pragma unroll 1
   for (int unit = -kAhead; unit < count; ++unit) {
-    const int stage = unit & (Tile::kStages - 1);
-    uint4 a[kTokenTiles][2];
-    if (unit >= 0) {
-      const int first = firsts[warp][stage][lane % 4];
-      const T* from = x + first;
-#pragma unroll
-      for (int i = 0; i < 2 * kTokenTiles; ++i) {
-        const bool exists = lane / 4 + i * 8 < tokens && first < p.in_features;
-        a[i / 2][i % 2] = exists ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-        from += static_cast<std::int64_t>(8) * p.in_features;
-      }
-    }
-    WaitForCopies<kAhead - 1>();
-    __syncwarp();  // the unit has landed, and no lane reads the one before any more
+    __syncwarp();  // no lane reads the unit before any more
     if (unit + kAhead < count) copy_unit((unit + kAhead) & (Tile::kStages - 1));
     CommitCopies();
     if (unit < 0) continue;
+    const int stage = unit & (Tile::kStages - 1);
+    const int first = firsts[warp][stage][lane % 4];
+    const std::uint32_t exist = first < p.in_features ? token_mask : 0;
+    const T* from = x + first;
+    uint4 b[Tile::kTokenTiles];
 #pragma unroll
-    for (int n8 = 0; n8 < Tile::kFeatureTiles; n8 += Layout::kGroup) {
-      std::uint32_t b[kDepthSteps][2 * Layout::kGroup];
-      Layout::Load(b, ring + stage * Tile::kUnitBytes, n8, lane);
+    for (int n = 0; n < Tile::kTokenTiles; ++n) {
+      b[n] = (exist >> n & 1) != 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+      from += static_cast<std::int64_t>(8) * p.in_features;
+    }
+    WaitForCopies<kAhead>();
+    __syncwarp();  // the unit has landed
 #pragma unroll
-      for (int n = 0; n < Layout::kGroup; ++n) {
+    for (int m = 0; m < Tile::kFeatureTiles; ++m) {
+      std::uint32_t a[kDepthSteps][4];
+      Layout::Load(a, ring + stage * Tile::kUnitBytes, m, lane);
 #pragma unroll
-        for (int m = 0; m < kTokenTiles; ++m) {
-          MultiplyAdd<T>(sums[m][n8 + n], {a[m][0].x, a[m][1].x, a[m][0].y, a[m][1].y}, b[0][2 * n], b[0][2 * n + 1]);
-          MultiplyAdd<T>(sums[m][n8 + n], {a[m][0].z, a[m][1].z, a[m][0].w, a[m][1].w}, b[1][2 * n], b[1][2 * n + 1]);
-        }
+      for (int n = 0; n < Tile::kTokenTiles; ++n) {
+        MultiplyAdd<T>(sums[m][n], a[0], b[n].x, b[n].y);
+        MultiplyAdd<T>(sums[m][n], a[1], b[n].z, b[n].w);
       }
     }
   }
@@ -261,74 +267,53 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
   WaitForCopies<0>();
   __syncwarp();  // the ring is free
 #pragma unroll
-  for (int m = 0; m < kTokenTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < Tile::kFeatureTiles; ++n) {
-      const float* s = sums[m][n];
-      reinterpret_cast<float4*>(shared + warp * Tile::kRingBytes)[(m * Tile::kFeatureTiles + n) * 32 + lane] =
-          make_float4(s[0], s[1], s[2], s[3]);
-    }
+  for (int i = 0; i < Tile::kFragments * Tile::kHalves; ++i) {
+    const int half = i % Tile::kHalves, m = i / Tile::kHalves / Tile::kTokenTiles;
+    const float* sum = sums[m][i / Tile::kHalves % Tile::kTokenTiles] + 2 * half;
+    reinterpret_cast<float2*>(shared + warp * Tile::kRingBytes)[i * 32 + lane] = make_float2(sum[0], sum[1]);
   }
   __syncthreads();
 
-  constexpr int kVectors = Tile::kFragments * 32;
-  constexpr int kRingVectors = Tile::kRingBytes / int{sizeof(float4)};
-  float4* const all_sums = reinterpret_cast<float4*>(shared);
-  const auto add = [](float4& sum, const float4& more) {
-    sum.x += more.x;
-    sum.y += more.y;
-    sum.z += more.z;
-    sum.w += more.w;
-  };
+  // The sums of a slice lie in the rings of its warps, those of one warp after those of the other.
+  constexpr int kPairs = Tile::kFragments * Tile::kHalves * 32;
+  constexpr int kRingPairs = Tile::kRingBytes / int{sizeof(float2)};
+  float2* const pairs = reinterpret_cast<float2*>(shared);
+  const auto place_of = [](int i) { return i / kPairs * Tile::kSplits * kRingPairs + i % kPairs; };
   const auto sum_of_splits = [&](int place) {
-    float4 sum = all_sums[place];
+    float2 sum = pairs[place];
 #pragma unroll
-    for (int i = 1; i < Tile::kSplits; ++i) add(sum, all_sums[place + i * kRingVectors]);
+    for (int s = 1; s < Tile::kSplits; ++s) sum = Add(sum, pairs[place + s * kRingPairs]);
     return sum;
   };
   if (cluster > 1) {
-    for (int i = thread; i < Tile::kSlices * kVectors; i += Tile::kThreads) {
-      const int place = i / kVectors * Tile::kSplits * kRingVectors + i % kVectors;
-      if (Tile::kSplits > 1) all_sums[place] = sum_of_splits(place);
+    if (Tile::kSplits > 1) {
+      for (int i = thread; i < Tile::kSlices * kPairs; i += Tile::kThreads) {
+        pairs[place_of(i)] = sum_of_splits(place_of(i));
+      }
     }
     ClusterSync();
   }
-
-  const std::int64_t first_out = (batch * p.tokens + first_token) * p.out_features;
-  const bool in_pairs = p.out_features % 2 == 0 && reinterpret_cast<std::uintptr_t>(p.y) % (2 * sizeof(float)) == 0;
-  const auto write = [&](auto* y, int features, float first, float second) {
-    if (in_pairs && features >= 2) {
-      StorePair(y, first, second);
-    } else {
-      if (features > 0) y[0] = static_cast<std::remove_pointer_t<decltype(y)>>(first);
-      if (features > 1) y[1] = static_cast<std::remove_pointer_t<decltype(y)>>(second);
-    }
-  };
+  const std::int64_t first_out = (static_cast<std::int64_t>(batch) * p.tokens + first_token) * p.out_features;
 #pragma unroll 1
-  for (int i = rank * Tile::kThreads + thread; i < Tile::kSlices * kVectors; i += cluster * Tile::kThreads) {
-    const int place = i / kVectors * Tile::kSplits * kRingVectors + i % kVectors;
-    float4 sum;
+  for (int i = rank * Tile::kThreads + thread; i < Tile::kSlices * kPairs; i += cluster * Tile::kThreads) {
+    float2 sum = {};
     if (cluster == 1) {
-      sum = sum_of_splits(place);
+      sum = sum_of_splits(place_of(i));
     } else {
-      const std::uint32_t address = SharedAddress(all_sums + place);
-      sum = LoadClusterShared16(address, 0);
-#pragma unroll 1
-      for (int r = 1; r < cluster; ++r) add(sum, LoadClusterShared16(address, r));
+      for (int r = 0; r < cluster; ++r) sum = Add(sum, LoadClusterShared(SharedAddress(pairs + place_of(i)), r));
     }
-    const int fragment = i % kVectors / 32;
-    const int feature =
-        column * kBlock + i / kVectors * Tile::kPiece + fragment % Tile::kFeatureTiles * 8 + lane % 4 * 2;
-    const int token = fragment / Tile::kFeatureTiles * 16 + lane / 4;
+    const int slice = i / kPairs, half = i / 32 % Tile::kHalves, fragment = i % kPairs / 32 / Tile::kHalves;
+    const int feature = column * kBlock + slice * Tile::kPiece + fragment / Tile::kTokenTiles * 16 + half * 8 + lane / 4;
+    const int token = fragment % Tile::kTokenTiles * 8 + lane % 4 * 2;
+    if (feature >= p.out_features) continue;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (token + 8 * half >= tokens) continue;
-      const std::int64_t to = first_out + static_cast<std::int64_t>(token + 8 * half) * p.out_features + feature;
-      const float first = half ? sum.z : sum.x, second = half ? sum.w : sum.y;
+    for (int j = 0; j < 2; ++j) {
+      if (token + j >= tokens) break;
+      const std::int64_t to = first_out + static_cast<std::int64_t>(token + j) * p.out_features + feature;
       if (p.f32_output) {
-        write(static_cast<float*>(p.y) + to, p.out_features - feature, first, second);
+        static_cast<float*>(p.y)[to] = j ? sum.y : sum.x;
       } else {
-        write(static_cast<T*>(p.y) + to, p.out_features - feature, first, second);
+        static_cast<T*>(p.y)[to] = static_cast<T>(j ? sum.y : sum.x);
       }
     }
   }

@@ -94,14 +94,14 @@ __device__ __forceinline__ void ClusterSync() {
 }
 
 // Reads what lies at the address `from` of this CTA in the shared memory of CTA `rank` of the cluster.
-__device__ __forceinline__ float4 LoadClusterShared16(std::uint32_t from, int rank) {
-  float4 value = {};
+__device__ __forceinline__ float2 LoadClusterShared(std::uint32_t from, int rank) {
+  float2 value = {};
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .u32 address;\n"
-      "mapa.shared::cluster.u32 address, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [address];\n}"
-      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+      "mapa.shared::cluster.u32 address, %2, %3;\n"
+      "ld.shared::cluster.v2.f32 {%0, %1}, [address];\n}"
+      : "=f"(value.x), "=f"(value.y)
       : "r"(from), "r"(rank)
       : "memory");
 #else
