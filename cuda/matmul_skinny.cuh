@@ -26,34 +26,33 @@ namespace jax_blocksparse {
 constexpr int kUnitDepth = 32;
 constexpr int kDepthSteps = kUnitDepth / 16;  // mma.sync instructions along the depth
 
-template <int kBlock_, int kTokens_, int kSplits_, int kWarpsPerSm>
+constexpr int kMaxSplits = 12;  // warps of a CTA
+
+template <int kBlock_, int kTokens_, bool kXAhead_, int kRegisters_>
 struct SkinnyTile {
+  static constexpr int kRegisters = kRegisters_;
+  static constexpr bool kXAhead = kXAhead_;
   static constexpr int kBlock = kBlock_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kPiece = std::min(kBlock, kUnitDepth);  // a unit holds square pieces of this side
   static constexpr int kPieces = kUnitDepth / kPiece;          // of different blocks, side by side in depth
   static constexpr int kParts = kBlock / kPiece;               // units along the depth of a block
-  static constexpr int kSlices = kBlock / kPiece;              // warps along the features of a block column
-  static constexpr int kSplits = kSplits_;                     // warps that share the units of a slice
-  static constexpr int kWarps = kSlices * kSplits;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kSlices = kBlock / kPiece;              // CTAs along the features of a block column
 
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kFeatureTiles = std::max(1, kPiece / 16);
   static constexpr int kFragments = kTokenTiles * kFeatureTiles;  // of 16 features x 8 tokens
   static constexpr int kHalves = kPiece / kFeatureTiles / 8;      // of a fragment; blocks of 8 use the first alone
-  static constexpr int kSumBytes = kFragments * kHalves * 32 * int{sizeof(float2)};
+  static constexpr int kPairs = kFragments * kHalves * 32;        // of sums of neighbouring tokens
 
   static constexpr int kUnitBytes = kUnitDepth * kPiece * 2;
   static constexpr int kStages = 4;
   static constexpr int kRingBytes = kStages * kUnitBytes;  // of one warp
-  static constexpr int kSharedBytes = kWarps * kRingBytes;
-  static constexpr int kCtasPerSm = std::max(1, kWarpsPerSm / kWarps);
 
-  static_assert(kTokens % 8 == 0 && kWarps <= 32 && (kStages & (kStages - 1)) == 0);
-  static_assert(kSumBytes <= kRingBytes, "a warp leaves its sums in its ring");
+  static_assert(kTokens % 8 == 0 && (kStages & (kStages - 1)) == 0);
+  static_assert(kPairs * int{sizeof(float2)} <= kRingBytes, "a warp leaves its sums in its ring");
   static_assert(kUnitBytes % (16 * 32) == 0, "all lanes copy equally often");
-  static_assert(kSharedBytes <= 99 * 1024, "the largest that every architecture since sm_80 allows");
+  static_assert(kMaxSplits * kRingBytes <= 99 * 1024, "the largest that every architecture since sm_80 allows");
 };
 
 // How the weights of a unit lie in shared memory, and how they get into fragments.
@@ -172,41 +171,49 @@ class UnitWalk {
   int id_, first_, next_id_;
 };
 
-__device__ __forceinline__ float2 Add(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
+// Which part of y a CTA computes. CTAs that run at the same time share a block column's weights in L2.
+template <typename Tile>
+struct SkinnyPosition {
+  int batch, column, slice;
+  std::int64_t first_token;
 
-template <typename T, int kBlock, bool kTranspose, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
-    MatmulSkinnyKernel(const __grid_constant__ MatmulParams p, int cluster_) {
-  const int cluster = cluster_ & 255;
-  if (cluster_ & 256) {
-    const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * Tile::kThreads + threadIdx.x;
-    if (line * 32 < p.nnz) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.order + line * 32));
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.inner + line * 32));
-    }
-    if (line * 64 < p.tokens * p.in_features) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.x) + line * 64));
+  __device__ explicit SkinnyPosition(const MatmulParams& p) {
+    const int token_tiles = static_cast<int>(CeilDiv(p.tokens, Tile::kTokens));
+    const int columns = static_cast<int>(CeilDiv(p.out_features, Tile::kBlock));
+    int index = blockIdx.x;
+    first_token = static_cast<std::int64_t>(index % token_tiles) * Tile::kTokens;
+    index /= token_tiles;
+    slice = index % Tile::kSlices;
+    index /= Tile::kSlices;
+    column = index % columns;
+    batch = index / columns;
   }
+};
+
+template <typename T, bool kTranspose, typename Tile>
+__global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_constant__ MatmulParams p) {
+  const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (line * 32 < p.nnz) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.order + line * 32));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.inner + line * 32));
+  }
+  if (line * 64 < p.tokens * p.in_features) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.x) + line * 64));
   using Layout = UnitLayout<Tile::kPiece, kTranspose>;
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ int firsts[Tile::kWarps][Tile::kStages][4];  // where in x the four chunks of a unit are
+  __shared__ int firsts[kMaxSplits][Tile::kStages][4];  // where in x the four chunks of a unit are
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int rank = blockIdx.x % cluster;
-  const int token_tiles = static_cast<int>(CeilDiv(p.tokens, Tile::kTokens));
-  const int columns = static_cast<int>(CeilDiv(p.out_features, kBlock));
-  const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.x / cluster % token_tiles) * Tile::kTokens;
-  const int column = blockIdx.x / cluster / token_tiles % columns;
-  const int batch = blockIdx.x / cluster / token_tiles / columns;
-  const int tokens = static_cast<int>(min(p.tokens - first_token, static_cast<std::int64_t>(Tile::kTokens)));
-  const int slice = warp / Tile::kSplits, split = warp % Tile::kSplits;
-
-  const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride + (first_token + lane / 4) * p.in_features;
-  const T* data = static_cast<const T*>(p.data) + batch * p.data_batch_stride;
+  const int threads = blockDim.x, splits = threads / 32;
+  const SkinnyPosition<Tile> at(p);
+  const int tokens = static_cast<int>(min(p.tokens - at.first_token, static_cast<std::int64_t>(Tile::kTokens)));
+  const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch_stride + (at.first_token + lane / 4) * p.in_features;
+  const T* data = static_cast<const T*>(p.data) + at.batch * p.data_batch_stride;
   const std::uint32_t ring = SharedAddress(shared) + warp * Tile::kRingBytes;
 
-  UnitWalk<Tile> walk(p, batch, column, rank * Tile::kSplits + split, cluster * Tile::kSplits);
+  UnitWalk<Tile> walk(p, at.batch, at.column, warp, splits);
 
   const auto copy_unit = [&](int stage) {
+    constexpr int kBlock = Tile::kBlock;
     constexpr int kLanes = 32 / Tile::kPieces;  // that copy the same piece
     constexpr int kRowChunks = Tile::kPiece / kChunk;
     const auto unit = walk.Next();
@@ -215,40 +222,53 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     if (lane % 8 == 0) firsts[warp][stage][lane / 8] = unit.first + lane % kLanes / 8 * kChunk;
     const int part = unit.first % kBlock / Tile::kPiece;
     const T* from = data + static_cast<std::int64_t>(depth > 0 ? unit.id : 0) * (kBlock * kBlock) +
-                    (kTranspose ? slice * kBlock + part : part * kBlock + slice) * Tile::kPiece;
+                    (kTranspose ? at.slice * kBlock + part : part * kBlock + at.slice) * Tile::kPiece;
 #pragma unroll
     for (int i = 0; i < Tile::kPiece * kRowChunks / kLanes; ++i) {
       const int chunk = lane % kLanes + i * kLanes;
       const int row = chunk / kRowChunks, c = chunk % kRowChunks;
       CopyAsync16(ring + stage * Tile::kUnitBytes + Layout::Offset(piece, row, c), from + row * kBlock + c * kChunk,
-                  kTranspose    ? ChunkElements(depth, c * kChunk) * 2
-                  : row < depth ? 16
-                                : 0);
+                  kTranspose ? ChunkElements(depth, c * kChunk) * 2 : row < depth ? 16 : 0);
     }
   };
 
   std::uint32_t token_mask = 0;  // bit n: token lane / 4 + 8 * n exists
   for (int n = 0; n < Tile::kTokenTiles; ++n) token_mask |= (lane / 4 + 8 * n < tokens ? 1u : 0u) << n;
-  float sums[Tile::kFeatureTiles][Tile::kTokenTiles][4] = {};
-
-  // The first rounds only load; in each later one, a unit is loaded while the oldest one is multiplied.
-  constexpr int kAhead = Tile::kStages - 1;
-  const int count = walk.Count();
-#pragma unroll 1
-  for (int unit = -kAhead; unit < count; ++unit) {
-    __syncwarp();  // no lane reads the unit before any more
-    if (unit + kAhead < count) copy_unit((unit + kAhead) & (Tile::kStages - 1));
-    CommitCopies();
-    if (unit < 0) continue;
-    const int stage = unit & (Tile::kStages - 1);
+  const auto load_x = [&](uint4(&to)[Tile::kTokenTiles], int stage) {
     const int first = firsts[warp][stage][lane % 4];
     const std::uint32_t exist = first < p.in_features ? token_mask : 0;
     const T* from = x + first;
-    uint4 b[Tile::kTokenTiles];
 #pragma unroll
     for (int n = 0; n < Tile::kTokenTiles; ++n) {
-      b[n] = (exist >> n & 1) != 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+      to[n] = (exist >> n & 1) != 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
       from += static_cast<std::int64_t>(8) * p.in_features;
+    }
+  };
+
+  constexpr int kAhead = Tile::kStages - 1;
+  float sums[Tile::kFeatureTiles][Tile::kTokenTiles][4] = {};
+  const int count = walk.Count();
+#pragma unroll 1
+  for (int unit = 0; unit < kAhead; ++unit) {
+    if (unit < count) copy_unit(unit);
+    CommitCopies();
+  }
+  __syncwarp();
+  uint4 next_b[Tile::kTokenTiles];
+  if (Tile::kXAhead && count > 0) load_x(next_b, 0);
+#pragma unroll(Tile::kXAhead ? 2 : 1)
+  for (int unit = 0; unit < count; ++unit) {
+    const int stage = unit & (Tile::kStages - 1);
+    __syncwarp();  // no lane reads the unit before any more
+    if (unit + kAhead < count) copy_unit((unit + kAhead) & (Tile::kStages - 1));
+    CommitCopies();
+    uint4 b[Tile::kTokenTiles];
+    if constexpr (Tile::kXAhead) {
+#pragma unroll
+      for (int n = 0; n < Tile::kTokenTiles; ++n) b[n] = next_b[n];
+      if (unit + 1 < count) load_x(next_b, (unit + 1) & (Tile::kStages - 1));
+    } else {
+      load_x(b, stage);
     }
     WaitForCopies<kAhead>();
     __syncwarp();  // the unit has landed
@@ -274,36 +294,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
   }
   __syncthreads();
 
-  // The sums of a slice lie in the rings of its warps, those of one warp after those of the other.
-  constexpr int kPairs = Tile::kFragments * Tile::kHalves * 32;
-  constexpr int kRingPairs = Tile::kRingBytes / int{sizeof(float2)};
-  float2* const pairs = reinterpret_cast<float2*>(shared);
-  const auto place_of = [](int i) { return i / kPairs * Tile::kSplits * kRingPairs + i % kPairs; };
-  const auto sum_of_splits = [&](int place) {
-    float2 sum = pairs[place];
-#pragma unroll
-    for (int s = 1; s < Tile::kSplits; ++s) sum = Add(sum, pairs[place + s * kRingPairs]);
-    return sum;
-  };
-  if (cluster > 1) {
-    if (Tile::kSplits > 1) {
-      for (int i = thread; i < Tile::kSlices * kPairs; i += Tile::kThreads) {
-        pairs[place_of(i)] = sum_of_splits(place_of(i));
-      }
-    }
-    ClusterSync();
-  }
-  const std::int64_t first_out = (static_cast<std::int64_t>(batch) * p.tokens + first_token) * p.out_features;
+  const float2* pairs = reinterpret_cast<const float2*>(shared);
+  const std::int64_t first_out = (at.batch * p.tokens + at.first_token) * p.out_features;
 #pragma unroll 1
-  for (int i = rank * Tile::kThreads + thread; i < Tile::kSlices * kPairs; i += cluster * Tile::kThreads) {
-    float2 sum = {};
-    if (cluster == 1) {
-      sum = sum_of_splits(place_of(i));
-    } else {
-      for (int r = 0; r < cluster; ++r) sum = Add(sum, LoadClusterShared(SharedAddress(pairs + place_of(i)), r));
+  for (int i = thread; i < Tile::kPairs; i += threads) {
+    float2 sum = pairs[i];
+#pragma unroll 3
+    for (int split = 1; split < splits; ++split) {
+      const float2 more = pairs[i + split * (Tile::kRingBytes / int{sizeof(float2)})];
+      sum.x += more.x;
+      sum.y += more.y;
     }
-    const int slice = i / kPairs, half = i / 32 % Tile::kHalves, fragment = i % kPairs / 32 / Tile::kHalves;
-    const int feature = column * kBlock + slice * Tile::kPiece + fragment / Tile::kTokenTiles * 16 + half * 8 + lane / 4;
+    const int half = i / 32 % Tile::kHalves, fragment = i / 32 / Tile::kHalves;
+    const int feature = at.column * Tile::kBlock + at.slice * Tile::kPiece + fragment / Tile::kTokenTiles * 16 +
+                        half * 8 + lane / 4;
     const int token = fragment % Tile::kTokenTiles * 8 + lane % 4 * 2;
     if (feature >= p.out_features) continue;
 #pragma unroll
@@ -317,7 +321,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       }
     }
   }
-  if (cluster > 1) ClusterSync();  // the others may still be reading from here
 }
 
 }  // namespace jax_blocksparse

@@ -82,32 +82,4 @@ __device__ __forceinline__ void MultiplyAdd<__half>(float (&sum)[4], const std::
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Clusters exist from sm_90 on. Before, every CTA is alone, and these must not be reached.
-//
-// Waits for all threads of the cluster; what they wrote to shared memory before is visible after.
-__device__ __forceinline__ void ClusterSync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __trap();
-#endif
-}
-
-// Reads what lies at the address `from` of this CTA in the shared memory of CTA `rank` of the cluster.
-__device__ __forceinline__ float2 LoadClusterShared(std::uint32_t from, int rank) {
-  float2 value = {};
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .u32 address;\n"
-      "mapa.shared::cluster.u32 address, %2, %3;\n"
-      "ld.shared::cluster.v2.f32 {%0, %1}, [address];\n}"
-      : "=f"(value.x), "=f"(value.y)
-      : "r"(from), "r"(rank)
-      : "memory");
-#else
-  __trap();
-#endif
-  return value;
-}
-
 }  // namespace jax_blocksparse
