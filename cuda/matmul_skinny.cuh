@@ -26,6 +26,7 @@ namespace jax_blocksparse {
 constexpr int kUnitDepth = 32;
 constexpr int kDepthSteps = kUnitDepth / 16;  // mma.sync instructions along the depth
 
+constexpr int kPackThreads = 256;
 constexpr int kMaxSplits = 12;  // warps of a CTA
 
 template <int kBlock_, int kTokens_, bool kXAhead_, int kRegisters_>
@@ -39,6 +40,7 @@ struct SkinnyTile {
   static constexpr int kParts = kBlock / kPiece;               // units along the depth of a block
   static constexpr int kSlices = kBlock / kPiece;              // CTAs along the features of a block column
 
+  static constexpr bool kPacked = kTokens > 16;  // x
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kFeatureTiles = std::max(1, kPiece / 16);
   static constexpr int kFragments = kTokenTiles * kFeatureTiles;  // of 16 features x 8 tokens
@@ -61,14 +63,22 @@ struct SkinnyTile {
 // each group of four holds for product j. So a lane needs eight successive k of x; of W, for dy W^T, as well.
 template <int kPiece, bool kTranspose>
 struct UnitLayout {
-  // Where chunk `chunk` of row `row` of piece `piece` goes.
-  static __device__ __forceinline__ std::uint32_t Offset(int piece, int row, int chunk) {
-    if constexpr (kTranspose) {
-      return row * (kUnitDepth * 2) + (piece * (kPiece / kChunk) + chunk) * 16;
-    } else {
-      const int k = piece * kPiece + row, t = k / 8, j = k / 4 % 2, h = k / 2 % 2, e = k % 2;
-      return TileOffset<kPiece>(16 * j + 8 * h + 2 * t + e, chunk);
-    }
+  // All lanes copy kCopies chunks, lane after lane along the rows of a piece, and each time eight rows further down.
+  static constexpr int kLanes = 32 * kPiece / kUnitDepth;  // for one piece
+  static constexpr int kRowChunks = kPiece / kChunk;
+  static constexpr int kCopies = kPiece / 8;
+  static_assert(kLanes == 8 * kRowChunks);
+
+  // Where the lane's first chunk goes, and from there the i-th one.
+  static __device__ __forceinline__ std::uint32_t CopyOffset(int lane) {
+    const int piece = lane / kLanes, row = lane % kLanes / kRowChunks, chunk = lane % kRowChunks;
+    if constexpr (kTranspose) return row * (kUnitDepth * 2) + (piece * kRowChunks + chunk) * 16;
+    const int k = piece * kPiece + row, t = k / 8, j = k / 4 % 2, h = k / 2 % 2, e = k % 2;
+    return TileOffset<kPiece>(16 * j + 8 * h + 2 * t + e, chunk);
+  }
+  static __device__ __forceinline__ std::uint32_t CopyStep(std::uint32_t offset, int i) {
+    if constexpr (kTranspose) return offset + i * (8 * kUnitDepth * 2);
+    return (kPiece == 32 ? offset ^ (i * 16) : offset) + i * (2 * kPiece * 2);
   }
 
   // The left operands of the products for 16 features, or for the 8 of a small piece.
@@ -190,14 +200,37 @@ struct SkinnyPosition {
   }
 };
 
+// Packs x for the kernel below: chunks of eight features, and of each the `padded` tokens, so that whatever the block
+// size, lines are read in full. A warp packs 8 tokens x 32 features. What x does not have becomes zeros.
+template <typename T>
+__global__ void __launch_bounds__(kPackThreads)
+    PackTokensKernel(const __grid_constant__ MatmulParams p, uint4* packed, int padded) {
+  LaunchDependents();
+  const int chunks = static_cast<int>(CeilDiv(p.in_features, kUnitDepth)) * (kUnitDepth / kChunk);
+  const int lane = threadIdx.x % 32;
+  const int warps = padded / 8 * (chunks / 4);  // for one x
+  int warp = blockIdx.x * (kPackThreads / 32) + threadIdx.x / 32;
+  const int batch = warp / warps;
+  warp %= warps;
+  if (batch > 0 && (p.x_batch_stride == 0 || batch >= p.batch)) return;
+  const int token = warp % (padded / 8) * 8 + lane / 4, chunk = warp / (padded / 8) * 4 + lane % 4;
+  const T* from = static_cast<const T*>(p.x) + batch * p.x_batch_stride +
+                  static_cast<std::int64_t>(token) * p.in_features + chunk * kChunk;
+  const int existing = token < p.tokens ? ChunkElements(p.in_features, chunk * kChunk) : 0;
+  const bool whole = existing == kChunk && HasAlignedRows(from, p.in_features);
+  packed[(static_cast<std::int64_t>(batch) * chunks + chunk) * padded + token] =
+      whole ? __ldg(reinterpret_cast<const uint4*>(from)) : ReadUnaligned(from, existing);
+}
+
 template <typename T, bool kTranspose, typename Tile>
-__global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_constant__ MatmulParams p) {
+__global__ void __maxnreg__(Tile::kRegisters)
+    MatmulSkinnyKernel(const __grid_constant__ MatmulParams p, const uint4* packed) {
   const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (line * 32 < p.nnz) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.order + line * 32));
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.inner + line * 32));
   }
-  if (line * 64 < p.tokens * p.in_features) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.x) + line * 64));
+  if (!Tile::kPacked && line * 64 < p.tokens * p.in_features) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.x) + line * 64));
   using Layout = UnitLayout<Tile::kPiece, kTranspose>;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ int firsts[kMaxSplits][Tile::kStages][4];  // where in x the four chunks of a unit are
@@ -206,7 +239,6 @@ __global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_co
   const int threads = blockDim.x, splits = threads / 32;
   const SkinnyPosition<Tile> at(p);
   const int tokens = static_cast<int>(min(p.tokens - at.first_token, static_cast<std::int64_t>(Tile::kTokens)));
-  const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch_stride + (at.first_token + lane / 4) * p.in_features;
   const T* data = static_cast<const T*>(p.data) + at.batch * p.data_batch_stride;
   const std::uint32_t ring = SharedAddress(shared) + warp * Tile::kRingBytes;
 
@@ -214,34 +246,36 @@ __global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_co
 
   const auto copy_unit = [&](int stage) {
     constexpr int kBlock = Tile::kBlock;
-    constexpr int kLanes = 32 / Tile::kPieces;  // that copy the same piece
-    constexpr int kRowChunks = Tile::kPiece / kChunk;
     const auto unit = walk.Next();
-    const int piece = lane / kLanes;
     const int depth = p.in_features - unit.first;  // of the piece, as far as it exists
-    if (lane % 8 == 0) firsts[warp][stage][lane / 8] = unit.first + lane % kLanes / 8 * kChunk;
+    if (lane % 8 == 0) firsts[warp][stage][lane / 8] = unit.first + lane % Layout::kLanes / 8 * kChunk;
     const int part = unit.first % kBlock / Tile::kPiece;
+    const int row = lane % Layout::kLanes / Layout::kRowChunks, element = lane % Layout::kRowChunks * kChunk;
     const T* from = data + static_cast<std::int64_t>(depth > 0 ? unit.id : 0) * (kBlock * kBlock) +
-                    (kTranspose ? at.slice * kBlock + part : part * kBlock + at.slice) * Tile::kPiece;
+                    (kTranspose ? at.slice * kBlock + part : part * kBlock + at.slice) * Tile::kPiece + row * kBlock +
+                    element;
+    const std::uint32_t to = ring + stage * Tile::kUnitBytes + Layout::CopyOffset(lane);
 #pragma unroll
-    for (int i = 0; i < Tile::kPiece * kRowChunks / kLanes; ++i) {
-      const int chunk = lane % kLanes + i * kLanes;
-      const int row = chunk / kRowChunks, c = chunk % kRowChunks;
-      CopyAsync16(ring + stage * Tile::kUnitBytes + Layout::Offset(piece, row, c), from + row * kBlock + c * kChunk,
-                  kTranspose ? ChunkElements(depth, c * kChunk) * 2 : row < depth ? 16 : 0);
+    for (int i = 0; i < Layout::kCopies; ++i) {
+      CopyAsync16(Layout::CopyStep(to, i), from + i * 8 * kBlock,
+                  kTranspose ? ChunkElements(depth, element) * 2 : row + i * 8 < depth ? 16 : 0);
     }
   };
 
-  std::uint32_t token_mask = 0;  // bit n: token lane / 4 + 8 * n exists
-  for (int n = 0; n < Tile::kTokenTiles; ++n) token_mask |= (lane / 4 + 8 * n < tokens ? 1u : 0u) << n;
+  // This lane's first token of x, and the distance to the eighth one after it, in chunks.
+  const int padded = static_cast<int>(CeilDiv(p.tokens, Tile::kTokens)) * Tile::kTokens;
+  const int chunks = static_cast<int>(CeilDiv(p.in_features, kUnitDepth)) * (kUnitDepth / kChunk);
+  const uint4* x = Tile::kPacked ? packed + (p.x_batch_stride == 0 ? 0 : static_cast<std::int64_t>(at.batch) * chunks * padded)
+                                 : reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + at.batch * p.x_batch_stride);
+  x += Tile::kPacked ? at.first_token + lane / 4 : (at.first_token + lane / 4) * (p.in_features / kChunk);
   const auto load_x = [&](uint4(&to)[Tile::kTokenTiles], int stage) {
     const int first = firsts[warp][stage][lane % 4];
-    const std::uint32_t exist = first < p.in_features ? token_mask : 0;
-    const T* from = x + first;
+    const bool exists = first < p.in_features;
+    const uint4* from = x + (Tile::kPacked ? static_cast<std::int64_t>(first / kChunk) * padded : first / kChunk);
 #pragma unroll
     for (int n = 0; n < Tile::kTokenTiles; ++n) {
-      to[n] = (exist >> n & 1) != 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-      from += static_cast<std::int64_t>(8) * p.in_features;
+      to[n] = exists && (Tile::kPacked || lane / 4 + 8 * n < tokens) ? __ldg(from) : make_uint4(0, 0, 0, 0);
+      from += Tile::kPacked ? 8 : p.in_features;
     }
   };
 
@@ -254,9 +288,10 @@ __global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_co
     CommitCopies();
   }
   __syncwarp();
+  if (Tile::kPacked) WaitForPrerequisites();
   uint4 next_b[Tile::kTokenTiles];
   if (Tile::kXAhead && count > 0) load_x(next_b, 0);
-#pragma unroll(Tile::kXAhead ? 2 : 1)
+#pragma unroll 1
   for (int unit = 0; unit < count; ++unit) {
     const int stage = unit & (Tile::kStages - 1);
     __syncwarp();  // no lane reads the unit before any more

@@ -82,4 +82,18 @@ __device__ __forceinline__ void MultiplyAdd<__half>(float (&sum)[4], const std::
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Programmatic dependent launch, from sm_90 on: a kernel lets the one behind it in the stream start ...
+__device__ __forceinline__ void LaunchDependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ... and that one waits until all that the kernel before wrote is visible. Without such a launch neither does a thing.
+__device__ __forceinline__ void WaitForPrerequisites() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace jax_blocksparse
