@@ -1,21 +1,19 @@
 // y = x W and dx = dy W^T for few tokens, on tensor cores by mma.sync, for 16-bit elements and all block sizes.
 //
 // Here the weights are read once and used for a handful of products, so everything serves to keep many bytes of them
-// on their way. Each warp works alone: it owns up to 32 output features (a block column, or a slice of a wide one) for
-// up to 64 tokens, takes every n-th unit of the column's list, and copies the units' weights (cp.async) three units
-// ahead into a ring of its own; no two warps meet before the end. A unit is 32 deep: a part of a block, one of 32, two
-// of 16 or four of 8. x goes from global memory into registers in fragment order: the 32 elements of a token are
-// numbered such that a lane's eight are neighbours in memory, and W is laid out to match. The L1 cache shares x
-// between the warps of an SM, which walk about the same rows at the same time. Finally the warps that share a column
-// add up their sums in a fixed order, through shared memory and, where columns are too few to fill the GPU, between
-// the CTAs of a cluster. What bounds it: DRAM bandwidth for large or few blocks; for small blocks x, of which a block
-// of b features needs 128 b bytes for its 2 b^2 bytes of weights, from L2 as far as L1 has forgotten it.
+// on their way. A CTA computes a slice: up to 32 output features (a block column, or a part of a wide one) of up to 64
+// tokens. Each of its warps works alone: it takes every n-th unit of the column's list and copies the units' weights
+// (cp.async) three units ahead into a ring of its own; no two warps meet before the end, when they add up their sums in
+// a fixed order. A unit is 32 deep: a part of a block, one of 32, two of 16 or four of 8. x goes from global memory
+// into registers in fragment order: the depths of a unit are numbered such that a lane's eight are neighbours in
+// memory, and W is laid out to match. What bounds it: up to 32 tokens DRAM, or for a short list its latencies (the
+// lists, then the weights, then the sums); for 64 tokens x, of which a block of b features needs 128 b bytes from L2
+// for its 2 b^2 bytes of weights, in pieces of 2 b bytes, as far as L1 has forgotten it.
 #pragma once
 
 #include <algorithm>
 #include <climits>
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels.h"
 #include "launch.cuh"
@@ -25,14 +23,10 @@ namespace jax_blocksparse {
 
 constexpr int kUnitDepth = 32;
 constexpr int kDepthSteps = kUnitDepth / 16;  // mma.sync instructions along the depth
+constexpr int kMaxSplits = 12;                // warps of a CTA
 
-constexpr int kPackThreads = 256;
-constexpr int kMaxSplits = 12;  // warps of a CTA
-
-template <int kBlock_, int kTokens_, bool kXAhead_, int kRegisters_>
+template <int kBlock_, int kTokens_>
 struct SkinnyTile {
-  static constexpr int kRegisters = kRegisters_;
-  static constexpr bool kXAhead = kXAhead_;
   static constexpr int kBlock = kBlock_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kPiece = std::min(kBlock, kUnitDepth);  // a unit holds square pieces of this side
@@ -40,27 +34,34 @@ struct SkinnyTile {
   static constexpr int kParts = kBlock / kPiece;               // units along the depth of a block
   static constexpr int kSlices = kBlock / kPiece;              // CTAs along the features of a block column
 
-  static constexpr bool kPacked = kTokens > 16;  // x
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kFeatureTiles = std::max(1, kPiece / 16);
   static constexpr int kFragments = kTokenTiles * kFeatureTiles;  // of 16 features x 8 tokens
-  static constexpr int kHalves = kPiece / kFeatureTiles / 8;      // of a fragment; blocks of 8 use the first alone
+  static constexpr int kHalves = std::min(2, kPiece / 8);         // of a fragment; blocks of 8 use the first alone
   static constexpr int kPairs = kFragments * kHalves * 32;        // of sums of neighbouring tokens
 
   static constexpr int kUnitBytes = kUnitDepth * kPiece * 2;
   static constexpr int kStages = 4;
+  static constexpr int kAhead = kStages - 1;
   static constexpr int kRingBytes = kStages * kUnitBytes;  // of one warp
+  static constexpr int kMaxSharedBytes = kMaxSplits * kRingBytes;
 
-  static_assert(kTokens % 8 == 0 && (kStages & (kStages - 1)) == 0);
+  // The sums and a unit's x take most of them. More would mean fewer warps, and so fewer bytes on their way.
+  static constexpr int kRegisters = kTokens < 64 ? 80 : kPiece < 32 ? 128 : 168;
+  static constexpr int kWarpsPerSm = 65536 / 32 / kRegisters;
+
+  static_assert(kTokens % 8 == 0 && kTokenTiles <= 32 && (kStages & (kStages - 1)) == 0);
   static_assert(kPairs * int{sizeof(float2)} <= kRingBytes, "a warp leaves its sums in its ring");
   static_assert(kUnitBytes % (16 * 32) == 0, "all lanes copy equally often");
-  static_assert(kMaxSplits * kRingBytes <= 99 * 1024, "the largest that every architecture since sm_80 allows");
+  static_assert(kRegisters * 32 * kMaxSplits <= 65536, "the largest CTA fits");
+  static_assert(kMaxSharedBytes <= 98 * 1024, "the largest that every architecture since sm_80 allows, and some left");
 };
 
-// How the weights of a unit lie in shared memory, and how they get into fragments.
+// How the weights of a unit lie in shared memory, how they get there, and from there into fragments.
 //
 // Depth k of a unit, k = 8 t + 4 j + 2 h + e with t < 4 and j, h, e < 2, is element e of the register h that lane t of
-// each group of four holds for product j. So a lane needs eight successive k of x; of W, for dy W^T, as well.
+// each group of four holds for product j. So a lane needs eight successive k of x; of W, for dy W^T, as well. For x W
+// the rows are stored in the order (j, h, t, e), in which ldmatrix.trans takes them.
 template <int kPiece, bool kTranspose>
 struct UnitLayout {
   // All lanes copy kCopies chunks, lane after lane along the rows of a piece, and each time eight rows further down.
@@ -69,7 +70,7 @@ struct UnitLayout {
   static constexpr int kCopies = kPiece / 8;
   static_assert(kLanes == 8 * kRowChunks);
 
-  // Where the lane's first chunk goes, and from there the i-th one.
+  // Where the lane's first chunk goes, and from there the i-th one: of x W eight rows further down is the next t.
   static __device__ __forceinline__ std::uint32_t CopyOffset(int lane) {
     const int piece = lane / kLanes, row = lane % kLanes / kRowChunks, chunk = lane % kRowChunks;
     if constexpr (kTranspose) return row * (kUnitDepth * 2) + (piece * kRowChunks + chunk) * 16;
@@ -98,7 +99,7 @@ struct UnitLayout {
       Set(a[1], words[2], 0, words[3], 0);
     } else {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < kDepthSteps; ++j) {
         LoadMatrices<true>(a[j], unit + TileStep<kPiece>(ChunksFirstOffset<kPiece>(lane), j, feature16));
       }
     }
@@ -139,6 +140,7 @@ class UnitWalk {
     next_id_ = IdAt(UnitOfLane(0));
   }
 
+  // How many units Next() has to give. No memory holds so many blocks that 32 bits would not do for them.
   __device__ int Count() const {
     const int units = (end_ - begin_ + Tile::kPieces - 1) / Tile::kPieces * Tile::kParts;
     return units > share_ ? (units - share_ - 1) / shares_ + 1 : 0;
@@ -164,7 +166,8 @@ class UnitWalk {
 
   __device__ int IdAt(std::uint32_t unit) const {
     const std::uint32_t entry = begin_ + unit / Tile::kParts * Tile::kPieces + lane_ % Tile::kPieces;
-    return entry < static_cast<std::uint32_t>(end_) ? __ldg(params_.order + batch_ * params_.order_batch_stride + entry) : -1;
+    return entry < static_cast<std::uint32_t>(end_) ? __ldg(params_.order + batch_ * params_.order_batch_stride + entry)
+                                                    : -1;
   }
 
   __device__ int FirstOf(int id, std::uint32_t unit) const {
@@ -181,7 +184,7 @@ class UnitWalk {
   int id_, first_, next_id_;
 };
 
-// Which part of y a CTA computes. CTAs that run at the same time share a block column's weights in L2.
+// Which part of y a CTA computes. What runs at the same time shares a block column's weights in L2.
 template <typename Tile>
 struct SkinnyPosition {
   int batch, column, slice;
@@ -200,45 +203,29 @@ struct SkinnyPosition {
   }
 };
 
-// Packs x for the kernel below: chunks of eight features, and of each the `padded` tokens, so that whatever the block
-// size, lines are read in full. A warp packs 8 tokens x 32 features. What x does not have becomes zeros.
+// The first CTAs have L2 read the operands that are found by way of others, a line a thread, while all wait for ptr.
 template <typename T>
-__global__ void __launch_bounds__(kPackThreads)
-    PackTokensKernel(const __grid_constant__ MatmulParams p, uint4* packed, int padded) {
-  LaunchDependents();
-  const int chunks = static_cast<int>(CeilDiv(p.in_features, kUnitDepth)) * (kUnitDepth / kChunk);
-  const int lane = threadIdx.x % 32;
-  const int warps = padded / 8 * (chunks / 4);  // for one x
-  int warp = blockIdx.x * (kPackThreads / 32) + threadIdx.x / 32;
-  const int batch = warp / warps;
-  warp %= warps;
-  if (batch > 0 && (p.x_batch_stride == 0 || batch >= p.batch)) return;
-  const int token = warp % (padded / 8) * 8 + lane / 4, chunk = warp / (padded / 8) * 4 + lane % 4;
-  const T* from = static_cast<const T*>(p.x) + batch * p.x_batch_stride +
-                  static_cast<std::int64_t>(token) * p.in_features + chunk * kChunk;
-  const int existing = token < p.tokens ? ChunkElements(p.in_features, chunk * kChunk) : 0;
-  const bool whole = existing == kChunk && HasAlignedRows(from, p.in_features);
-  packed[(static_cast<std::int64_t>(batch) * chunks + chunk) * padded + token] =
-      whole ? __ldg(reinterpret_cast<const uint4*>(from)) : ReadUnaligned(from, existing);
+__device__ __forceinline__ void PrefetchOperands(const MatmulParams& p) {
+  constexpr int kLine = 128;
+  const std::int64_t byte = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kLine;
+  if (byte < p.nnz * std::int64_t{sizeof(*p.order)}) {
+    Prefetch(reinterpret_cast<const char*>(p.order) + byte);
+    Prefetch(reinterpret_cast<const char*>(p.inner) + byte);
+  }
+  if (byte < p.tokens * p.in_features * std::int64_t{sizeof(T)}) Prefetch(static_cast<const char*>(p.x) + byte);
 }
 
 template <typename T, bool kTranspose, typename Tile>
-__global__ void __maxnreg__(Tile::kRegisters)
-    MatmulSkinnyKernel(const __grid_constant__ MatmulParams p, const uint4* packed) {
-  const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (line * 32 < p.nnz) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.order + line * 32));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.inner + line * 32));
-  }
-  if (!Tile::kPacked && line * 64 < p.tokens * p.in_features) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(p.x) + line * 64));
+__global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_constant__ MatmulParams p) {
   using Layout = UnitLayout<Tile::kPiece, kTranspose>;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ int firsts[kMaxSplits][Tile::kStages][4];  // where in x the four chunks of a unit are
 
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int threads = blockDim.x, splits = threads / 32;
+  PrefetchOperands<T>(p);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, splits = blockDim.x / 32;
   const SkinnyPosition<Tile> at(p);
   const int tokens = static_cast<int>(min(p.tokens - at.first_token, static_cast<std::int64_t>(Tile::kTokens)));
+  const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch_stride + (at.first_token + lane / 4) * p.in_features;
   const T* data = static_cast<const T*>(p.data) + at.batch * p.data_batch_stride;
   const std::uint32_t ring = SharedAddress(shared) + warp * Tile::kRingBytes;
 
@@ -258,59 +245,41 @@ __global__ void __maxnreg__(Tile::kRegisters)
 #pragma unroll
     for (int i = 0; i < Layout::kCopies; ++i) {
       CopyAsync16(Layout::CopyStep(to, i), from + i * 8 * kBlock,
-                  kTranspose ? ChunkElements(depth, element) * 2 : row + i * 8 < depth ? 16 : 0);
+                  kTranspose            ? ChunkElements(depth, element) * 2
+                  : row + i * 8 < depth ? 16
+                                        : 0);
     }
   };
 
-  // This lane's first token of x, and the distance to the eighth one after it, in chunks.
-  const int padded = static_cast<int>(CeilDiv(p.tokens, Tile::kTokens)) * Tile::kTokens;
-  const int chunks = static_cast<int>(CeilDiv(p.in_features, kUnitDepth)) * (kUnitDepth / kChunk);
-  const uint4* x = Tile::kPacked ? packed + (p.x_batch_stride == 0 ? 0 : static_cast<std::int64_t>(at.batch) * chunks * padded)
-                                 : reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + at.batch * p.x_batch_stride);
-  x += Tile::kPacked ? at.first_token + lane / 4 : (at.first_token + lane / 4) * (p.in_features / kChunk);
-  const auto load_x = [&](uint4(&to)[Tile::kTokenTiles], int stage) {
-    const int first = firsts[warp][stage][lane % 4];
-    const bool exists = first < p.in_features;
-    const uint4* from = x + (Tile::kPacked ? static_cast<std::int64_t>(first / kChunk) * padded : first / kChunk);
-#pragma unroll
-    for (int n = 0; n < Tile::kTokenTiles; ++n) {
-      to[n] = exists && (Tile::kPacked || lane / 4 + 8 * n < tokens) ? __ldg(from) : make_uint4(0, 0, 0, 0);
-      from += Tile::kPacked ? 8 : p.in_features;
-    }
-  };
-
-  constexpr int kAhead = Tile::kStages - 1;
+  std::uint32_t token_mask = 0;  // bit n: token lane / 4 + 8 * n exists
+  for (int n = 0; n < Tile::kTokenTiles; ++n) token_mask |= (lane / 4 + 8 * n < tokens ? 1u : 0u) << n;
   float sums[Tile::kFeatureTiles][Tile::kTokenTiles][4] = {};
+
+  // The first rounds only load; in each later one, a unit is loaded while the oldest one is multiplied.
   const int count = walk.Count();
 #pragma unroll 1
-  for (int unit = 0; unit < kAhead; ++unit) {
-    if (unit < count) copy_unit(unit);
-    CommitCopies();
-  }
-  __syncwarp();
-  if (Tile::kPacked) WaitForPrerequisites();
-  uint4 next_b[Tile::kTokenTiles];
-  if (Tile::kXAhead && count > 0) load_x(next_b, 0);
-#pragma unroll 1
-  for (int unit = 0; unit < count; ++unit) {
-    const int stage = unit & (Tile::kStages - 1);
+  for (int unit = -Tile::kAhead; unit < count; ++unit) {
+    constexpr int kStageMask = Tile::kStages - 1;
     __syncwarp();  // no lane reads the unit before any more
-    if (unit + kAhead < count) copy_unit((unit + kAhead) & (Tile::kStages - 1));
+    if (unit + Tile::kAhead < count) copy_unit((unit + Tile::kAhead) & kStageMask);
     CommitCopies();
+    if (unit < 0) continue;
+
+    const int first = firsts[warp][unit & kStageMask][lane % 4];
+    const std::uint32_t exist = first < p.in_features ? token_mask : 0;
+    const T* from = x + first;
     uint4 b[Tile::kTokenTiles];
-    if constexpr (Tile::kXAhead) {
 #pragma unroll
-      for (int n = 0; n < Tile::kTokenTiles; ++n) b[n] = next_b[n];
-      if (unit + 1 < count) load_x(next_b, (unit + 1) & (Tile::kStages - 1));
-    } else {
-      load_x(b, stage);
+    for (int n = 0; n < Tile::kTokenTiles; ++n) {
+      b[n] = (exist >> n & 1) != 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+      from += static_cast<std::int64_t>(8) * p.in_features;
     }
-    WaitForCopies<kAhead>();
+    WaitForCopies<Tile::kAhead>();
     __syncwarp();  // the unit has landed
 #pragma unroll
     for (int m = 0; m < Tile::kFeatureTiles; ++m) {
       std::uint32_t a[kDepthSteps][4];
-      Layout::Load(a, ring + stage * Tile::kUnitBytes, m, lane);
+      Layout::Load(a, ring + (unit & kStageMask) * Tile::kUnitBytes, m, lane);
 #pragma unroll
       for (int n = 0; n < Tile::kTokenTiles; ++n) {
         MultiplyAdd<T>(sums[m][n], a[0], b[n].x, b[n].y);
@@ -332,7 +301,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
   const float2* pairs = reinterpret_cast<const float2*>(shared);
   const std::int64_t first_out = (at.batch * p.tokens + at.first_token) * p.out_features;
 #pragma unroll 1
-  for (int i = thread; i < Tile::kPairs; i += threads) {
+  for (int i = threadIdx.x; i < Tile::kPairs; i += blockDim.x) {
     float2 sum = pairs[i];
 #pragma unroll 3
     for (int split = 1; split < splits; ++split) {
@@ -341,8 +310,8 @@ __global__ void __maxnreg__(Tile::kRegisters)
       sum.y += more.y;
     }
     const int half = i / 32 % Tile::kHalves, fragment = i / 32 / Tile::kHalves;
-    const int feature = at.column * Tile::kBlock + at.slice * Tile::kPiece + fragment / Tile::kTokenTiles * 16 +
-                        half * 8 + lane / 4;
+    const int feature =
+        at.column * Tile::kBlock + at.slice * Tile::kPiece + fragment / Tile::kTokenTiles * 16 + half * 8 + lane / 4;
     const int token = fragment % Tile::kTokenTiles * 8 + lane % 4 * 2;
     if (feature >= p.out_features) continue;
 #pragma unroll
@@ -355,6 +324,57 @@ __global__ void __maxnreg__(Tile::kRegisters)
         static_cast<T*>(p.y)[to] = static_cast<T>(j ? sum.y : sum.x);
       }
     }
+  }
+}
+
+// As many warps as run at once on the whole GPU: more would wait for others to end, fewer read less at a time.
+template <typename Tile>
+int SkinnySplits(std::int64_t ctas, int sm_count) {
+  int splits = kMaxSplits;
+  while (splits > 4 && ctas * splits > std::int64_t{sm_count} * Tile::kWarpsPerSm) splits -= 4;
+  return splits;
+}
+
+template <typename T, bool kTranspose, typename Tile>
+cudaError_t LaunchSkinnyTile(const MatmulParams& params, int sm_count, cudaStream_t stream) {
+  constexpr auto kKernel = MatmulSkinnyKernel<T, kTranspose, Tile>;
+  if (const cudaError_t error = AllowSharedMemory<kKernel>(Tile::kMaxSharedBytes); error != cudaSuccess) return error;
+  const std::int64_t ctas =
+      params.batch * CeilDiv(params.tokens, Tile::kTokens) * CeilDiv(params.out_features, Tile::kBlock) * Tile::kSlices;
+  const int splits = SkinnySplits<Tile>(ctas, sm_count);
+  return Launch<kKernel>(params, ctas, 32 * splits, splits * Tile::kRingBytes, stream);
+}
+
+template <typename T, int kBlock, int kTokens>
+cudaError_t LaunchSkinnyTokens(const MatmulParams& params, int sm_count, cudaStream_t stream) {
+  using Tile = SkinnyTile<kBlock, kTokens>;
+  return params.transpose ? LaunchSkinnyTile<T, true, Tile>(params, sm_count, stream)
+                          : LaunchSkinnyTile<T, false, Tile>(params, sm_count, stream);
+}
+
+template <typename T, int kBlock>
+cudaError_t LaunchSkinnyBlock(const MatmulParams& params, int sm_count, cudaStream_t stream) {
+  if (params.tokens <= 16) return LaunchSkinnyTokens<T, kBlock, 16>(params, sm_count, stream);
+  if (params.tokens <= 32) return LaunchSkinnyTokens<T, kBlock, 32>(params, sm_count, stream);
+  return LaunchSkinnyTokens<T, kBlock, 64>(params, sm_count, stream);
+}
+
+// One source file for each element type instantiates this.
+template <typename T>
+cudaError_t LaunchMatmulSkinnyOf(const MatmulParams& params, int sm_count, cudaStream_t stream) {
+  switch (params.block) {
+    case 8:
+      return LaunchSkinnyBlock<T, 8>(params, sm_count, stream);
+    case 16:
+      return LaunchSkinnyBlock<T, 16>(params, sm_count, stream);
+    case 32:
+      return LaunchSkinnyBlock<T, 32>(params, sm_count, stream);
+    case 64:
+      return LaunchSkinnyBlock<T, 64>(params, sm_count, stream);
+    case 128:
+      return LaunchSkinnyBlock<T, 128>(params, sm_count, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

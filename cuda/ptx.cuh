@@ -40,6 +40,11 @@ __device__ __forceinline__ uint4 LoadShared16(std::uint32_t from) {
   return value;
 }
 
+// Has the line of this address read into L2. A hint, which waits for nothing.
+__device__ __forceinline__ void Prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l%8 of matrix l/8. With kTranspose each
 // matrix arrives transposed.
 template <bool kTranspose>
@@ -80,20 +85,6 @@ __device__ __forceinline__ void MultiplyAdd<__half>(float (&sum)[4], const std::
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Programmatic dependent launch, from sm_90 on: a kernel lets the one behind it in the stream start ...
-__device__ __forceinline__ void LaunchDependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// ... and that one waits until all that the kernel before wrote is visible. Without such a launch neither does a thing.
-__device__ __forceinline__ void WaitForPrerequisites() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 }  // namespace jax_blocksparse
