@@ -108,8 +108,12 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, cudaS
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
 
-  // Few tokens: the time goes into reading the blocks, for which the kernels below want no order and no tile.
-  const bool is_small_batch = params.tokens <= 64;
+  // Few tokens: the time goes into reading the blocks, which wants neither an order nor a tile.
+  const bool is_small_batch = params.tokens <= kSkinnyTokens;
+  if (is_small_batch && CanLaunchMatmulSkinny(params)) {
+    return params.type == ElementType::kBF16 ? LaunchMatmulSkinnyBF16(params, device.sm_count, stream)
+                                             : LaunchMatmulSkinnyF16(params, device.sm_count, stream);
+  }
   if (!is_small_batch && device.major == 9 && plan.plan != nullptr) {
     const sm90::MatmulParams product = HopperParams(params, plan);
     if (sm90::CanLaunchMatmul(product)) {
