@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.environment import ROOT
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def default_path(environment: dict[str, Any]) -> pathlib.Path:
@@ -64,10 +64,9 @@ def _heading(environment: dict[str, Any], settings: dict[str, Any]) -> str:
     commit, dirty = environment["revision"]["commit"], environment["revision"]["dirty"]
     revision = f"{commit[:12] if commit else 'unknown'}{' with local changes' if dirty else ''}"
     method = "one call on the host's clock" if settings["timer"] == "call" else "a loop on the device"
-    cache = f", L2 {settings['cache']}" if environment["l2_bytes"] else ""
     return (
         f"{environment['device']}, {environment['date']}, revision {revision}\n{versions}\n"
-        f"Median time of {method}{cache}; FLOP/s count non-zero blocks only; spread is p10 to p90."
+        f"Median time of {method}; FLOP/s count non-zero blocks only; spread is p10 to p90."
     )
 
 
@@ -77,6 +76,7 @@ def _table(records: list[dict[str, Any]]) -> str:
         "pattern": lambda r: r["pattern"] or "",
         "block": lambda r: str(r["block_size"] or ""),
         "density": lambda r: f"{r['density']:g}",
+        "L2": lambda r: r["cache"] or "",
         "time": lambda r: _time(r["median_s"]),
         "spread": lambda r: f"{_time(r['p10_s'])} to {_time(r['p90_s'])}",
         "GFLOP/s": lambda r: f"{r['flops_per_s'] / 1e9:.0f}",
@@ -89,7 +89,7 @@ def _table(records: list[dict[str, Any]]) -> str:
     rows = [
         [text(record) for text in columns.values()]
         if record["status"] == "ok"
-        else [columns[name](record) for name in names[:4]] + [record["status"]] + [""] * (len(names) - 5)
+        else [columns[name](record) for name in names[:4]] + [""] + [record["status"]] + [""] * (len(names) - 6)
         for record in records
     ]
     return _aligned([names, *rows])
