@@ -94,7 +94,8 @@ class Group(NamedTuple):
     def __str__(self) -> str:
         blocks = self.cases[0].sparsity
         warm = ", warm" if self.cache == "warm" else ""
-        return f"{self.workload.product} {self.workload.shape} {self.workload.dtype} {blocks.pattern} {blocks.block_size}{warm}"
+        product, shape, dtype = self.workload.product, self.workload.shape, self.workload.dtype
+        return f"{product} {shape} {dtype} {blocks.pattern} {blocks.block_size}{warm}"
 
 
 @dataclasses.dataclass(frozen=True)

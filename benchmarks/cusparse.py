@@ -74,7 +74,7 @@ def bsr(row_ptr: torch.Tensor, cols: torch.Tensor, values: torch.Tensor, shape: 
 
 
 def blocked_ell(cols: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> Descriptor:
-    """Describes a matrix in Blocked-ELL: cols (block rows, width), -1 for none, and values (block rows, b, width, b)."""
+    """Describes a matrix in Blocked-ELL: cols (rows, width) of blocks, -1 for none, and values (rows, b, width, b)."""
     _, b, width, _ = values.shape
     sizes = (ctypes.c_int64(size) for size in (*shape, b, width * b))
     return Descriptor(

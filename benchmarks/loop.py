@@ -33,8 +33,8 @@ class NotTimedError(RuntimeError):
 class LoopProgram:
     """A loop over calls of the function, on the device.
 
-    The inputs of each call are arguments of their own, also where they are the same arrays (on equal ones XLA merges the
-    calls), and every iteration gets them through an optimization barrier (else XLA hoists the calls out of the loop).
+    The inputs of each call are arguments of their own, also where they are the same arrays (on equal ones XLA merges
+    the calls), and every iteration gets them through an optimization barrier (else XLA hoists the calls out of it).
     Outputs are donated and handed back, so that the loop works in place and nothing is copied or cleared.
     """
 

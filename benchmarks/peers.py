@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import sparse
 
 from benchmarks.cases import DTYPES, Sparsity, Workload
-from benchmarks.tasks import Call, JaxTask, LibraryTask, relative_error, sparse_task
+from benchmarks.tasks import Call, JaxTask, LibraryTask, sparse_task
 from jax_blocksparse import BlockSparseMatrix
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def stk(workload: Workload, sparsity: Sparsity) -> LibraryTask:
 
 
 def cusparse_bsr(workload: Workload, sparsity: Sparsity) -> LibraryTask:
-    """cuSPARSE with BSR."""
+    """The BSR products of cuSPARSE."""
     from benchmarks import cusparse
 
     def spmm(a: Bsr, b: "Tensor", c: "Tensor") -> Launch:
@@ -148,7 +148,7 @@ def cusparse_bsr(workload: Workload, sparsity: Sparsity) -> LibraryTask:
 
 
 def cusparse_bell(workload: Workload, sparsity: Sparsity) -> LibraryTask:
-    """cuSPARSE with Blocked-ELL, whose rows all have the blocks of the longest: the others are padded."""
+    """The Blocked-ELL product of cuSPARSE, whose rows all have the blocks of the longest: the others are padded."""
     from benchmarks import cusparse
 
     def spmm(a: Bsr, b: "Tensor", c: "Tensor") -> Launch:

@@ -68,7 +68,7 @@ def barabasi_albert(
     """A skewed pattern, whose block rows and columns have power-law counts: a few hubs, many with few blocks.
 
     Rows and columns of blocks join a matrix one after the other. Each brings the same number of blocks, placed on
-    columns, respectively rows, that are there already, each chosen with a chance in proportion to the blocks it has: the
+    columns, respectively rows, that are there already, chosen with a chance in proportion to the blocks they have: the
     preferential attachment of Barabasi and Albert, between two kinds of nodes. The oldest come first and are the hubs.
 
     Source: "Emergence of scaling in random networks", Science 286 (1999).
@@ -98,7 +98,7 @@ def barabasi_albert(
     density = check_density(density)
     k, n = block_grid(shape, block_size)
     # A core of old rows and columns is full, so that the first to join find enough of the others. With a fraction f of
-    # both in the core and of both brought by each newcomer, k n (2 f - f^2) blocks result: as many as the density wants.
+    # both in the core and brought by each newcomer, k n (2 f - f^2) blocks result: as many as the density wants.
     fraction = 1 - math.sqrt(1 - density)
     rows_joined, cols_joined = math.ceil(fraction * k), math.ceil(fraction * n)
     mask = np.zeros((k, n), bool)
