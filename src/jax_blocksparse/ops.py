@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse import lowering as _lowering  # noqa: F401  (registers the rules)
+from jax_blocksparse.activations import Activation, check_activation
+from jax_blocksparse.epilogues import bind_act
 from jax_blocksparse.pattern import INDEX_NAMES, BlockPattern
 from jax_blocksparse.primitives import bind, matmul_p, merge_axes, sddmm_p, split_axis
 
@@ -23,18 +25,24 @@ def matmul(
     x: ArrayLike,
     w: "BlockSparseMatrix",
     *,
+    bias: ArrayLike | None = None,
+    activation: Activation | None = None,
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """The product x @ w of a dense array with a block-sparse matrix, with any leading dimensions.
 
-    Sums are accumulated in float32 (float64 for float64). Differentiable to any order in `x` and `w.data`; cotangents
-    are rounded to the dtype of the operands, as XLA rounds the operands of a dense product.
+    With bias or activation it is act(x @ w + bias), which the CUDA kernels compute before they write the result. Sums
+    are accumulated in float32 (float64 for float64). Differentiable to any order in `x`, `w.data` and `bias`;
+    cotangents are rounded to the dtype of the operands, as XLA rounds the operands of a dense product.
 
     Args:
       x: (..., K), float32, float64, bfloat16 or float16.
       w: (K, N), a BlockSparseMatrix.
+      bias: (N,), added to every row of the product, in float32 at least.
+      activation: applied to the sum, in float32 at least: "relu", "gelu_exact" (by the error function), "gelu_tanh"
+        (its approximation, which is what `jax.nn.gelu` computes by default), "silu", or None.
       precision: as in `jnp.dot`, for what runs in plain XLA. The native kernels compute float32 as float32, which
         satisfies every precision.
       preferred_element_type: dtype of the result: that of the promoted inputs (default), or float32 for 16-bit inputs.
@@ -54,6 +62,8 @@ def matmul(
       >>> w = jbs.BlockSparseMatrix.fromdense(jnp.eye(64), block_size=16)
       >>> jbs.matmul(jnp.ones((2, 3, 64)), w).shape
       (2, 3, 64)
+      >>> jbs.matmul(jnp.ones((2, 64)), w, bias=-2 * jnp.ones(64), activation="relu").max()
+      Array(0., dtype=float32)
     """
     from jax_blocksparse.matrix import BlockSparseMatrix
 
@@ -69,10 +79,16 @@ def matmul(
     if x.ndim == 0 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"x must have {w.shape[0]} features (w has shape {w.shape}) in its last axis, got {x.shape}")
     dtype = jnp.promote_types(x.dtype, data.dtype)
+    if bias is not None:
+        bias = _as_floats("bias", bias)
+        if bias.shape != w.shape[1:]:
+            raise ValueError(f"bias must have shape {w.shape[1:]} (w has shape {w.shape}), got {bias.shape}")
     return _matmul(
         x.astype(dtype),
         data.astype(dtype),
+        bias,
         *pattern.indices,
+        activation=check_activation(activation),
         transpose=w.transposed,
         shape=pattern.shape,
         out_dtype=_out_dtype(dtype, preferred_element_type),
@@ -136,11 +152,16 @@ def sddmm(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("transpose", "shape", "out_dtype", "precision", "implementation"), inline=True
+    jax.jit,
+    static_argnames=("activation", "transpose", "shape", "out_dtype", "precision", "implementation"),
+    inline=True,
 )
-def _matmul(x, data, *indices, **params):
-    rows = merge_axes(x, 0, x.ndim - 1)
-    y = bind(matmul_p, rows[None], data[None], *(index[None] for index in indices), **params)
+def _matmul(x, data, bias, *indices, activation, **params):
+    rows, indices = merge_axes(x, 0, x.ndim - 1)[None], [index[None] for index in indices]
+    if bias is None and activation is None:
+        y = bind(matmul_p, rows, data[None], *indices, **params)
+    else:
+        y = bind_act(rows, data[None], bias, *indices, activation=activation, **params)
     return split_axis(y[0], 0, x, 0, x.ndim - 1)
 
 
@@ -166,10 +187,8 @@ def _check_pattern(name: str, pattern: BlockPattern) -> None:
     """The index arrays must have the sizes that shape and block size imply; a restored checkpoint may not."""
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"{name} must be a BlockPattern, got {type(pattern).__name__}")
-    grid, nnz = pattern.grid, pattern.rows.shape
-    wanted = (nnz, nnz, (grid[1] + 1,), nnz, (grid[0] + 1,), nnz)
-    got = tuple(index.shape for index in pattern.indices)
-    if len(nnz) != 1 or got != wanted:
+    wanted, got = pattern.index_shapes, tuple(index.shape for index in pattern.indices)
+    if got != wanted:
         raise ValueError(
             f"{name} is {pattern}, whose {', '.join(INDEX_NAMES)} must have shapes {wanted}, "
             f"got {got}; was it made for another shape or block size, or stacked without vmap?"
