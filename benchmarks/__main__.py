@@ -1,4 +1,8 @@
-"""The command line: `python -m benchmarks`, run from the root of the repository."""
+"""The command line: `python -m benchmarks`, run from the root of the repository.
+
+Without a command it measures. `show`, `figures`, `readme` and `advice`, each with the file of an earlier run, print its
+tables, draw its pictures, write README's section on speed, and write what `jax_blocksparse.advise` knows of the device.
+"""
 
 import os
 
@@ -15,7 +19,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import report
+from benchmarks import figures, readme, report, shipping
 from benchmarks.cases import DTYPES, PATTERNS, PRESETS, PRODUCTS, Group, Selection, Shape
 from benchmarks.contenders import CONTENDERS, DENSE
 from benchmarks.environment import copy_bandwidth, describe, gpu_state, l2_bytes
@@ -32,10 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0 if everything was measured, 1 if a result was wrong or a contender failed.
     """
-    options = _parser().parse_args(arguments)
-    if options.show:
-        print(report.markdown(report.load(options.show)))
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0] in _COMMANDS:
+        parser = argparse.ArgumentParser(prog=f"python -m benchmarks {arguments[0]}")
+        parser.add_argument("file", type=pathlib.Path, help="the JSON file of an earlier run")
+        _COMMANDS[arguments[0]](parser.parse_args(arguments[1:]).file)
         return 0
+    options = _parser().parse_args(arguments)
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     preset = options.preset or ("cpu" if on_cpu else "standard")
@@ -111,6 +118,18 @@ def _measure(
     report.save(path, results)
 
 
+def _draw(path: pathlib.Path) -> None:
+    for file in figures.draw(report.load(path), path.with_suffix("")):
+        print(file)
+
+
+_COMMANDS: dict[str, Callable[[pathlib.Path], None]] = {
+    "show": lambda path: print(report.markdown(report.load(path))),
+    "figures": _draw,
+    "readme": readme.write,
+    "advice": lambda path: shipping.write(report.load(path)),
+}
+
 _FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
 
 
@@ -118,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measures y = x W, dx = dy W^T and dW = x^T dy with a block-sparse W beside the dense product.",
+        epilog="`python -m benchmarks show|figures|readme|advice FILE` makes tables, pictures, README's section on "
+        "speed and the measurements that the package ships, from the file of an earlier run.",
     )
     contenders = [name for name in CONTENDERS if name != DENSE]
     parser.add_argument("--preset", choices=PRESETS, help="what to measure (default: standard; on a CPU, cpu)")
@@ -139,9 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=float, default=float("inf"), metavar="S", help="for all; what no longer fits is left out"
     )
     parser.add_argument("--timer", choices=("call", "loop"), help="time calls (CPU), or loops on the device (others)")
-    parser.add_argument("--revision", metavar="COMMIT", help="to record where the folder is no git checkout")
+    parser.add_argument("--revision", metavar="COMMIT", help="to record instead of what git says")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--show", type=pathlib.Path, metavar="FILE", help="print the tables of an earlier run, and end")
     return parser
 
 

@@ -107,7 +107,7 @@ class Selection:
     """
 
     shapes: tuple[Shape, ...]
-    blocks: tuple[int, ...] = BLOCK_SIZES
+    blocks: tuple[int, ...] = BLOCK_SIZES[::-1]
     densities: tuple[float, ...] = (0.25, 0.05)
     dtypes: tuple[str, ...] = ("bf16",)
     products: tuple[str, ...] = PRODUCTS
@@ -123,7 +123,8 @@ class Selection:
                 yield Group(Workload(shape, dtype, product), self.cache, tuple(cases))
 
 
-PEERS = ("xla", "torch-bsr", "cusparse-bell", "cusparse-bsr", "stk", "jax-bcoo")
+PEERS = ("torch-bsr", "stk", "cusparse-bell", "cusparse-bsr")
+SLOW_PEERS = ("xla", "jax-bcoo")
 
 _MAIN = Selection(shapes=(Shape(8192, 4096, 4096),), densities=(1.0, 0.5, 0.25, 0.1, 0.05, 0.02))
 _OTHERS = Selection(shapes=(Shape(8192, 4096, 16384), Shape(8192, 16384, 4096), Shape(32768, 1024, 4096)))
@@ -146,7 +147,7 @@ PRESETS: dict[str, tuple[Selection, ...]] = {
     "quick": (_MAIN,),
     "standard": (
         _MAIN,
-        dataclasses.replace(_MAIN, densities=(0.25, 0.05), contenders=PEERS),
+        dataclasses.replace(_MAIN, blocks=(128, 64, 32, 16), densities=(0.25, 0.05), contenders=PEERS),
         _SMALL_BATCH,
         _UNEVEN,
         _OTHERS,
@@ -154,8 +155,8 @@ PRESETS: dict[str, tuple[Selection, ...]] = {
         dataclasses.replace(_SMALL_BATCH, shapes=_SMALL_BATCH.shapes[::4], blocks=(32,), cache="warm"),
     ),
     "full": (
-        dataclasses.replace(_MAIN, contenders=("native", *PEERS)),
-        dataclasses.replace(_SMALL_BATCH, densities=_MAIN.densities, contenders=("native", *PEERS)),
+        dataclasses.replace(_MAIN, contenders=("native", *PEERS, *SLOW_PEERS)),
+        dataclasses.replace(_SMALL_BATCH, densities=_MAIN.densities, contenders=("native", *PEERS, *SLOW_PEERS)),
         dataclasses.replace(_UNEVEN, blocks=_MAIN.blocks, densities=_MAIN.densities, patterns=tuple(PATTERNS)[1:]),
         dataclasses.replace(_OTHERS, densities=_MAIN.densities, contenders=("native", *PEERS)),
         dataclasses.replace(_DTYPES, blocks=_MAIN.blocks, densities=_MAIN.densities, contenders=("native", "xla")),

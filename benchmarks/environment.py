@@ -30,7 +30,7 @@ def describe(device: jax.Device, revision: str | None) -> dict[str, Any]:
 
     Args:
       device: the device measured.
-      revision: what to record where the folder is no git checkout.
+      revision: what to record instead of what git says.
     """
     return {
         "device": device_name(device),
@@ -48,7 +48,7 @@ def describe(device: jax.Device, revision: str | None) -> dict[str, Any]:
         },
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "matmul_precision": jax.config.jax_default_matmul_precision,
-        "revision": _git_revision() or {"commit": revision, "dirty": None},
+        "revision": {"commit": revision, "dirty": None} if revision else _git_revision(),
     }
 
 
@@ -112,10 +112,10 @@ def _versions_if_installed(packages: Sequence[str]) -> dict[str, str]:
     return versions
 
 
-def _git_revision() -> dict[str, Any] | None:
+def _git_revision() -> dict[str, Any]:
     commit = _output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changes = _output_of("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return commit and {"commit": commit, "dirty": bool(changes)}
+    return {"commit": commit, "dirty": commit and bool(changes)}
 
 
 def _output_of(*command: str) -> str | None:

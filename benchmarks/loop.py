@@ -22,7 +22,7 @@ from benchmarks.timing import byte_count
 LEAST_CALLS, MOST_CALLS = 8, 64
 # The inner loop, whose length is compiled in, takes about so long; the outer one, which waits for the host to look at
 # its condition, makes of it a run of about so long.
-INNER_SECONDS, RUN_SECONDS = 0.003, 0.012
+INNER_SECONDS, RUN_SECONDS = 0.002, 0.008
 LEAST_TRIPS = 2  # XLA knows a loop of one trip for none
 
 

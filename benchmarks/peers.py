@@ -5,6 +5,7 @@ x and dy transposed where it takes them so.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,7 @@ def torch_bsr(workload: Workload, sparsity: Sparsity) -> LibraryTask:
     from torch.sparse import _triton_ops
 
     def tensor(bsr: Bsr) -> "Tensor":
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.sparse|benchmarks\.peers")
         return sparse_bsr_tensor(bsr.row_ptr, bsr.cols, bsr.values, size=bsr.shape, check_invariants=False)
 
     def spmm(a: Bsr, b: "Tensor", c: "Tensor") -> Launch:
