@@ -13,6 +13,7 @@ from jax_blocksparse._native import Availability, has_cpu, has_cuda
 from jax_blocksparse.advice import Advice, Expectation, advise
 from jax_blocksparse.lowering import DISABLED_EXPORT_CHECKS
 from jax_blocksparse.matrix import BlockSparseMatrix
+from jax_blocksparse.mlp import mlp
 from jax_blocksparse.ops import matmul, sddmm
 from jax_blocksparse.pattern import BLOCK_SIZES, BlockPattern
 
@@ -30,6 +31,7 @@ __all__ = [
     "has_cpu",
     "has_cuda",
     "matmul",
+    "mlp",
     "patterns",
     "sddmm",
 ]

@@ -65,35 +65,21 @@ def matmul(
       >>> jbs.matmul(jnp.ones((2, 64)), w, bias=-2 * jnp.ones(64), activation="relu").max()
       Array(0., dtype=float32)
     """
-    from jax_blocksparse.matrix import BlockSparseMatrix
-
-    if not isinstance(w, BlockSparseMatrix):
-        raise TypeError(f"w must be a BlockSparseMatrix, got {type(w).__name__}; for w @ x write so, with the operator")
-    x = _as_floats("x", x)
-    pattern = w.pattern
-    _check_pattern("w.pattern", pattern)
-    data = _as_floats("w.data", w.data)
-    block = (pattern.nnz, pattern.block_size, pattern.block_size)
-    if data.shape != block:
-        raise ValueError(f"w.data must have shape (nnz, block_size, block_size) = {block}, got {data.shape}")
-    if x.ndim == 0 or x.shape[-1] != w.shape[0]:
-        raise ValueError(f"x must have {w.shape[0]} features (w has shape {w.shape}) in its last axis, got {x.shape}")
+    data = check_matrix("w", w)
+    x = check_features("x", x, "w", w.shape)
+    bias = check_bias("bias", bias, "w", w.shape)
     dtype = jnp.promote_types(x.dtype, data.dtype)
-    if bias is not None:
-        bias = _as_floats("bias", bias)
-        if bias.shape != w.shape[1:]:
-            raise ValueError(f"bias must have shape {w.shape[1:]} (w has shape {w.shape}), got {bias.shape}")
     return _matmul(
         x.astype(dtype),
         data.astype(dtype),
         bias,
-        *pattern.indices,
+        *w.pattern.indices,
         activation=check_activation(activation),
         transpose=w.transposed,
-        shape=pattern.shape,
+        shape=w.pattern.shape,
         out_dtype=_out_dtype(dtype, preferred_element_type),
-        precision=_precision(precision),
-        implementation=_implementation(implementation),
+        precision=check_precision(precision),
+        implementation=check_implementation(implementation),
     )
 
 
@@ -146,8 +132,8 @@ def sddmm(
         block_size=pattern.block_size,
         shape=pattern.shape,
         out_dtype=_out_dtype(dtype, preferred_element_type),
-        precision=_precision(precision),
-        implementation=_implementation(implementation),
+        precision=check_precision(precision),
+        implementation=check_implementation(implementation),
     )
 
 
@@ -171,6 +157,42 @@ def _matmul(x, data, bias, *indices, activation, **params):
 def _sddmm(x, dy, *indices, **params):
     x, dy = (merge_axes(each, 0, each.ndim - 1)[None] for each in (x, dy))
     return bind(sddmm_p, x, dy, *(index[None] for index in indices), **params)[0]
+
+
+def check_matrix(name: str, w: "BlockSparseMatrix") -> jax.Array:
+    """Returns the values of a matrix that is one and is whole, or raises TypeError or ValueError."""
+    from jax_blocksparse.matrix import BlockSparseMatrix
+
+    if not isinstance(w, BlockSparseMatrix):
+        raise TypeError(
+            f"{name} must be a BlockSparseMatrix, got {type(w).__name__}; for w @ x write so, with the operator"
+        )
+    _check_pattern(f"{name}.pattern", w.pattern)
+    data, pattern = _as_floats(f"{name}.data", w.data), w.pattern
+    block = (pattern.nnz, pattern.block_size, pattern.block_size)
+    if data.shape != block:
+        raise ValueError(f"{name}.data must have shape (nnz, block_size, block_size) = {block}, got {data.shape}")
+    return data
+
+
+def check_features(name: str, x: ArrayLike, w_name: str, w_shape: tuple[int, int]) -> jax.Array:
+    """Returns x as an array of floats that can be multiplied with the matrix, or raises TypeError or ValueError."""
+    x = _as_floats(name, x)
+    if x.ndim == 0 or x.shape[-1] != w_shape[0]:
+        raise ValueError(
+            f"{name} must have {w_shape[0]} features ({w_name} has shape {w_shape}) in its last axis, got {x.shape}"
+        )
+    return x
+
+
+def check_bias(name: str, bias: ArrayLike | None, w_name: str, w_shape: tuple[int, int]) -> jax.Array | None:
+    """Returns the bias as an array that fits the matrix, if there is one, or raises TypeError or ValueError."""
+    if bias is None:
+        return None
+    bias = _as_floats(name, bias)
+    if bias.shape != w_shape[1:]:
+        raise ValueError(f"{name} must have shape {w_shape[1:]} ({w_name} has shape {w_shape}), got {bias.shape}")
+    return bias
 
 
 def _as_floats(name: str, array: ArrayLike) -> jax.Array:
@@ -203,7 +225,8 @@ def _out_dtype(dtype: jnp.dtype, preferred: DTypeLike | None) -> str:
     return name
 
 
-def _precision(precision: jax.lax.PrecisionLike) -> jax.lax.Precision | None:
+def check_precision(precision: jax.lax.PrecisionLike) -> jax.lax.Precision | None:
+    """Returns the precision as JAX's enumeration, or raises ValueError."""
     if precision is None or isinstance(precision, jax.lax.Precision):
         return precision
     try:
@@ -213,7 +236,8 @@ def _precision(precision: jax.lax.PrecisionLike) -> jax.lax.Precision | None:
         raise ValueError(f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}") from None
 
 
-def _implementation(implementation: Implementation | None) -> Implementation | None:
+def check_implementation(implementation: Implementation | None) -> Implementation | None:
+    """Returns the implementation, or raises ValueError."""
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(f"implementation must be None, 'native' or 'xla', got {implementation!r}")
     return implementation
