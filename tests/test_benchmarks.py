@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import __main__ as program
-from benchmarks import checking, contenders, loop, timing
+from benchmarks import checking, contenders, loop, mlp, timing
 from benchmarks.cases import PATTERNS, Shape, Workload
 
 TINY = ["--preset", "quick", "--shapes", "64x90x75", "--blocks", "16", "--repeats", "3", "--timer", "call"]
@@ -200,3 +200,13 @@ def test_bad_options_are_named(capsys, options, complaint):
         program.main(options)
     assert exit_.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_mlp(tmp_path, capsys):
+    sizes = ["--tokens", "8", "--features", "32", "--hidden", "64", "--density", "0.5", "--blocks", "16"]
+    mlp.main([*sizes, "--repeats", "2", "--output", str(tmp_path / "mlp.json")])
+    results = json.loads((tmp_path / "mlp.json").read_text())["results"]
+    assert [record["model"] for record in results] == ["dense", "block 16"]
+    assert results[0]["speedup"] == 1
+    assert all(record["min_s"] <= record["median_s"] <= record["max_s"] for record in results)
+    assert "block 16" in capsys.readouterr().out
