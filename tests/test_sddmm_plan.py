@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jax_blocksparse.plan import flat_size
-from jax_blocksparse.sddmm_plan import SddmmLayout, choose_layout, make_plan
+from jax_blocksparse.sddmm_layout import choose_layout
+from jax_blocksparse.sddmm_plan import SddmmLayout, make_flat_plan, make_plan
 
 SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
 UNITS = [(8, 16), (8, 128), (16, 16), (16, 128), (32, 32), (32, 128), (64, 64), (128, 128)]
@@ -83,6 +84,11 @@ def test_numpy_and_jit_agree(block, unit, whole_rows):
     for host, device in zip(on_host, traced, strict=True):
         np.testing.assert_array_equal(host, device)
         assert host.dtype == device.dtype == np.int32
+
+
+def test_flat_plan_has_the_size_that_its_layout_says():
+    rows, cols, layout = make_case(16, 16, (328, 776), 0.3)
+    assert make_flat_plan(rows, cols, layout, np).shape == (flat_size(layout),)
 
 
 def test_order_is_a_permutation_with_inert_blocks_last():

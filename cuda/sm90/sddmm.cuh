@@ -9,13 +9,13 @@ namespace jax_blocksparse::sm90 {
 template <typename T, int kUnit>
 cudaError_t LaunchLargeUnit(const SddmmParams& params, cudaStream_t stream) {
   using Shape = typename LargeConsumers<T, kUnit>::Shape;
-  return LaunchSddmmShape<T, Shape, SddmmLargeKernel<T, kUnit>>(params, 384, stream);
+  return LaunchSddmmShape<T, Shape, SddmmLargeKernel<T, kUnit>>(params, stream);
 }
 
 template <typename T, int kUnit, int kTokens>
 cudaError_t LaunchSmallTokens(const SddmmParams& params, cudaStream_t stream) {
   using Shape = typename SmallConsumers<T, kUnit, kTokens>::Shape;
-  return LaunchSddmmShape<T, Shape, SddmmSmallKernel<T, kUnit, kTokens>>(params, 384, stream);
+  return LaunchSddmmShape<T, Shape, SddmmSmallKernel<T, kUnit, kTokens>>(params, stream);
 }
 
 // Tiles that CTAs share need many slabs: with fewer tokens to a stage there is room for more than two stages.

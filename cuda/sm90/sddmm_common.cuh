@@ -15,6 +15,13 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kPanel = 64;      // features that a copy has: rows of 128 bytes
 constexpr int kMaxPanels = 28;  // of a tile
 constexpr int kCopyWarps = 4;   // one warp cannot issue copies as fast as they can be served
+constexpr int kProductWarps = 8;
+constexpr int kSddmmThreads = (kProductWarps + kCopyWarps) * 32;
+// Registers are handed over from the copying warps, out of what a CTA of so many threads has at its launch.
+constexpr int kCopyRegisters = 24, kProductRegisters = 240;
+static_assert(kProductRegisters * kProductWarps + kCopyRegisters * kCopyWarps <=
+              65536 / kSddmmThreads / 8 * 8 * (kProductWarps + kCopyWarps));
+static_assert(kProductWarps % 4 == 0 && kCopyWarps % 4 == 0, "whole warpgroups hand over registers");
 constexpr int kMaxStages = 12;
 constexpr int kRingBytes = 224 * 1024;
 constexpr int kAlignment = 1024;  // of what tensor copies with this swizzle touch
@@ -190,15 +197,15 @@ __device__ __forceinline__ void StoreEight(float* to, const float4& low, const f
 }
 
 // Adds up, in the order of ranks, what the CTAs of the cluster have for this CTA's share of the tile's blocks, and
-// writes them. A warp has every kWarps-th block of the share.
-template <typename Shape, int kWarps, typename Out>
+// writes them. A warp has every kProductWarps-th block of the share.
+template <typename Shape, typename Out>
 __device__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, std::uint32_t sums, Out* data,
                             int warp) {
   constexpr int kUnitBytes = Shape::kUnit * Shape::kUnit * 4;
   const int lane = threadIdx.x % 32;
   const int eights = p.block / 8, area = p.block * p.block;
   data += static_cast<std::int64_t>(tile.batch) * p.nnz * area;
-  const int stride = tile.split * kWarps;
+  const int stride = tile.split * kProductWarps;
   for (int first = tile.first_block + warp * tile.split + tile.rank; first < tile.last_block; first += 32 * stride) {
     int id = -1;
     std::uint32_t place = 0;
@@ -247,11 +254,11 @@ __device__ void ZeroInert(const SddmmKernelParams& p, const SddmmTile<Shape>& ti
   }
 }
 
-// What both kernels are made of. `Consumers` has kWarps, multiplies every stage and puts the sums into shared memory.
+// What both kernels are made of. `Consumers` multiplies every stage and puts the sums into
+// shared memory.
 template <typename T, typename Consumers>
 __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
   using Shape = typename Consumers::Shape;
-  constexpr int kWarps = Consumers::kWarps;
   extern __shared__ unsigned char dynamic[];
   __shared__ SddmmShared shared;
 
@@ -262,7 +269,7 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
     const int slab = __ldg(p.slabs + tile.plan + tile.number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
     shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * kPanel;
   }
-  if (threadIdx.x == 0) StageRing::Init(SharedAddress(shared.barriers), kCopyWarps, kWarps);
+  if (threadIdx.x == 0) StageRing::Init(SharedAddress(shared.barriers), kCopyWarps, kProductWarps);
   if (p.f32_output) {
     ZeroInert(p, tile, static_cast<float*>(p.data));
   } else {
@@ -274,13 +281,13 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
   __syncthreads();
 
-  if (warp >= kWarps) {
-    ShrinkRegisters<Consumers::kCopyRegisters>();
-    CopyStages<Shape>(p, tile, shared, ring_bytes, warp - kWarps);
+  if (warp >= kProductWarps) {
+    ShrinkRegisters<kCopyRegisters>();
+    CopyStages<Shape>(p, tile, shared, ring_bytes, warp - kProductWarps);
     return;
   }
-  GrowRegisters<Consumers::kRegisters>();
-  for (int i = tile.first_block + threadIdx.x * 32; i < tile.last_block; i += kWarps * 32 * 32) {
+  GrowRegisters<kProductRegisters>();
+  for (int i = tile.first_block + threadIdx.x * 32; i < tile.last_block; i += kProductWarps * 32 * 32) {
     PrefetchLine(p.order + tile.plan + i);
     PrefetchLine(p.places + tile.plan + i);
   }
@@ -289,14 +296,14 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
     if (tile.split > 1) {
       SyncCluster();
     } else {
-      SyncThreads(1, kWarps * 32);
+      SyncThreads(1, kProductWarps * 32);
     }
   };
   sync();
   if (p.f32_output) {
-    StoreBlocks<Shape, kWarps>(p, tile, ring_bytes, static_cast<float*>(p.data), warp);
+    StoreBlocks<Shape>(p, tile, ring_bytes, static_cast<float*>(p.data), warp);
   } else {
-    StoreBlocks<Shape, kWarps>(p, tile, ring_bytes, static_cast<T*>(p.data), warp);
+    StoreBlocks<Shape>(p, tile, ring_bytes, static_cast<T*>(p.data), warp);
   }
   if (tile.split > 1) SyncCluster();  // a CTA must not leave while another one reads its sums
 }
@@ -304,7 +311,7 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
 constexpr int Log2(int value) { return value <= 1 ? 0 : 1 + Log2(value / 2); }
 
 template <typename T, typename Shape, auto kKernel>
-cudaError_t LaunchSddmmShape(const SddmmParams& params, int threads, cudaStream_t stream) {
+cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   constexpr CUtensorMapDataType kType =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto extent = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
@@ -341,7 +348,7 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, int threads, cudaStream_
   cluster.val.clusterDim = {static_cast<unsigned>(params.split), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(ctas);
-  config.blockDim = static_cast<unsigned>(threads);
+  config.blockDim = kSddmmThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = &cluster;

@@ -18,13 +18,11 @@ namespace jax_blocksparse::sm90 {
 template <typename T, int kUnit>
 struct LargeConsumers {
   using Shape = SddmmShape<kUnit, kUnit == 128 ? 64 : 32>;
-  static constexpr int kWarps = 8;
-  static constexpr int kRegisters = 240, kCopyRegisters = 24;
   static constexpr int kMostUnits = kUnit == 64 ? Shape::kCapacity / 2 : Shape::kCapacity;  // of a warpgroup
   static constexpr int kSums = kUnit / 2;                                                   // of a thread, for a unit
   static_assert(kUnit == 64 || kUnit == 128);
+  static_assert(kProductWarps == 8, "two warpgroups");
   static_assert(kMostUnits * kSums <= 192, "the registers that are left for the rest");
-  static_assert(kRegisters * 256 + kCopyRegisters * 128 <= 168 * 384, "what a CTA of 384 threads has at launch");
 
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   StageRing ring, std::uint32_t stages, int warp) {
@@ -53,7 +51,7 @@ struct LargeConsumers {
         if (threadIdx.x % 32 == 0) Arrive(ring.empty());
         ring.Advance();
       }
-      SyncThreads(1, kWarps * 32);
+      SyncThreads(1, kProductWarps * 32);
     }
   }
 
@@ -100,7 +98,7 @@ struct LargeConsumers {
     WaitForProducts<0>();
     KeepRegisters(sums);
 
-    SyncThreads(1, kWarps * 32);  // nobody reads the stages any more
+    SyncThreads(1, kProductWarps * 32);  // nobody reads the stages any more
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const std::uint32_t unit = stages + (first + i) * (kUnit * kUnit * 4);
@@ -117,7 +115,7 @@ struct LargeConsumers {
 };
 
 template <typename T, int kUnit>
-__global__ void __launch_bounds__(384, 1) SddmmLargeKernel(const __grid_constant__ SddmmKernelParams p) {
+__global__ void __launch_bounds__(kSddmmThreads, 1) SddmmLargeKernel(const __grid_constant__ SddmmKernelParams p) {
   RunSddmm<T, LargeConsumers<T, kUnit>>(p);
 }
 

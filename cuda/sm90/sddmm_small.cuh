@@ -15,19 +15,16 @@ namespace jax_blocksparse::sm90 {
 template <typename T, int kUnit, int kTokens>
 struct SmallConsumers {
   using Shape = SddmmShape<kUnit, kTokens>;
-  static constexpr int kWarps = 8;
-  static constexpr int kRegisters = 240, kCopyRegisters = 24;
-  static constexpr int kMostUnits = Shape::kCapacity / kWarps;  // of a warp
-  static constexpr int kSteps = kUnit / 16;                     // products along a unit's side
+  static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
+  static constexpr int kSteps = kUnit / 16;                            // products along a unit's side
   static_assert(kUnit == 16 || kUnit == 32);
-  static_assert(Shape::kCapacity % kWarps == 0 && kMostUnits <= 32);
-  static_assert(kRegisters * 256 + kCopyRegisters * 128 <= 168 * 384, "what a CTA of 384 threads has at launch");
+  static_assert(Shape::kCapacity % kProductWarps == 0 && kMostUnits <= 32);
   static_assert(kRingBytes / 16 <= 1 << 16, "an address in a stage fits 16 bits, in pieces of 16 bytes");
 
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   StageRing ring, std::uint32_t stages, int warp) {
     const int lane = threadIdx.x % 32;
-    const int first = warp * tile.units / kWarps, count = (warp + 1) * tile.units / kWarps - first;
+    const int first = warp * tile.units / kProductWarps, count = (warp + 1) * tile.units / kProductWarps - first;
 
     // Where this lane's row of each unit's first 16 x 16 piece lies in a stage, in pieces of 16 bytes: x in the lower
     // half of a word, dy in the upper. Of x come first the matrices of tokens 0 to 7, of dy those of features 0 to 7:
@@ -89,7 +86,7 @@ struct SmallConsumers {
       ring.Advance();
     }
 
-    SyncThreads(1, kWarps * 32);  // nobody reads the stages any more
+    SyncThreads(1, kProductWarps * 32);  // nobody reads the stages any more
 #pragma unroll
     for (int i = 0; i < kMostUnits; ++i) {
       if (i >= count) break;
@@ -109,7 +106,7 @@ struct SmallConsumers {
 };
 
 template <typename T, int kUnit, int kTokens>
-__global__ void __launch_bounds__(384, 1) SddmmSmallKernel(const __grid_constant__ SddmmKernelParams p) {
+__global__ void __launch_bounds__(kSddmmThreads, 1) SddmmSmallKernel(const __grid_constant__ SddmmKernelParams p) {
   RunSddmm<T, SmallConsumers<T, kUnit, kTokens>>(p);
 }
 
