@@ -27,8 +27,7 @@ constexpr SddmmPlanLayout SddmmPlanLayoutOf(const SddmmParams& p, int unit, std:
   const auto padded = [](std::int64_t size) { return CeilDiv(size, 4) * 4; };
   SddmmPlanLayout layout;
   layout.plan_tiles = tiles;
-  layout.plan_units =
-      std::min<std::int64_t>(p.nnz, CeilDiv(p.in_features, unit) * CeilDiv(p.out_features, unit));
+  layout.plan_units = std::min<std::int64_t>(p.nnz, CeilDiv(p.in_features, unit) * CeilDiv(p.out_features, unit));
   layout.slabs = padded((tiles + 1) * 4);
   layout.slots = layout.slabs + padded(tiles * sm90::SddmmMaxSlabs(unit));
   layout.order = layout.slots + padded(layout.plan_units);

@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import __main__ as program
-from benchmarks import checking, contenders, figures, loop, readme, report, shipping, tasks, timing
+from benchmarks import checking, contenders, figures, loop, mlp, readme, report, shipping, tasks, timing
 from benchmarks.cases import PATTERNS, PRESETS, Shape, Workload
 
 TINY = ["--preset", "cpu", "--shapes", "64x90x75", "--blocks", "16", "--densities", "0.25", "--repeats", "3"]
@@ -313,3 +313,13 @@ def test_benchmark_writes_what_is_shipped(tmp_path, monkeypatch):
     assert devices["chip"]["entries"][0]["curve"] == [[0.1, 10.0], [0.5, 2.0]]
     with pytest.raises(ValueError, match="only measurements of GPUs"):
         shipping.write({"environment": environment | {"platform": "cpu"}, "results": records})
+
+
+def test_mlp(tmp_path, capsys):
+    sizes = ["--tokens", "8", "--features", "32", "--hidden", "64", "--density", "0.5", "--blocks", "16"]
+    mlp.main([*sizes, "--repeats", "2", "--output", str(tmp_path / "mlp.json")])
+    results = json.loads((tmp_path / "mlp.json").read_text())["results"]
+    assert [record["model"] for record in results] == ["dense", "block 16"]
+    assert results[0]["speedup"] == 1
+    assert all(record["min_s"] <= record["median_s"] <= record["max_s"] for record in results)
+    assert "block 16" in capsys.readouterr().out

@@ -30,6 +30,23 @@ __device__ __forceinline__ float4 LoadCluster16(std::uint32_t from) {
   return value;
 }
 
+__device__ __forceinline__ float4 LoadShared16(std::uint32_t from) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(from)
+               : "memory");
+  return value;
+}
+
+// Brings what will be needed into L2, or a tensor map to where copies look for it, without waiting.
+__device__ __forceinline__ void PrefetchLine(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // ---- Warpgroup products of operands in shared memory that are both MN-major ----
 
 // Such an operand: rows of 64 m or n, one for each depth, with the 128-byte swizzle, 8 rows to a group of 1024 bytes.
@@ -53,10 +70,10 @@ __device__ __forceinline__ std::uint64_t MNMajorDescriptor(std::uint32_t address
 #define JBS_INOUT64(d, i) JBS_INOUT32(d, i), JBS_INOUT32(d, i + 32)
 
 // In the instruction: add to the sum, negate neither, both transposed.
-#define JBS_MULTIPLY_MN_MAJOR(n, regs, type, a, b)                                                              \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " JBS_SUM##regs a ", " b       \
-               ", 1, 1, 1, 1, 1;"                                                                               \
-               : JBS_INOUT##regs(sum, 0)                                                                        \
+#define JBS_MULTIPLY_MN_MAJOR(n, regs, type, a, b)                                                                    \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " JBS_SUM##regs a ", " b             \
+                                                                                                   ", 1, 1, 1, 1, 1;" \
+               : JBS_INOUT##regs(sum, 0)                                                                              \
                : "l"(a_descriptor), "l"(b_descriptor))
 
 template <typename T>

@@ -7,14 +7,22 @@
 namespace jax_blocksparse::sm90 {
 
 template <typename T, int kUnit>
-cudaError_t LaunchSddmmUnit(const SddmmParams& params, cudaStream_t stream) {
-  if constexpr (kUnit >= 64) {
-    using Shape = typename LargeConsumers<T, kUnit>::Shape;
-    return LaunchSddmmShape<T, Shape, SddmmLargeKernel<T, kUnit>>(params, 384, stream);
-  } else {
-    using Shape = typename SmallConsumers<T, kUnit>::Shape;
-    return LaunchSddmmShape<T, Shape, SddmmSmallKernel<T, kUnit>>(params, 384, stream);
-  }
+cudaError_t LaunchLargeUnit(const SddmmParams& params, cudaStream_t stream) {
+  using Shape = typename LargeConsumers<T, kUnit>::Shape;
+  return LaunchSddmmShape<T, Shape, SddmmLargeKernel<T, kUnit>>(params, 384, stream);
+}
+
+template <typename T, int kUnit, int kTokens>
+cudaError_t LaunchSmallTokens(const SddmmParams& params, cudaStream_t stream) {
+  using Shape = typename SmallConsumers<T, kUnit, kTokens>::Shape;
+  return LaunchSddmmShape<T, Shape, SddmmSmallKernel<T, kUnit, kTokens>>(params, 384, stream);
+}
+
+// Tiles that CTAs share need many slabs: with fewer tokens to a stage there is room for more than two stages.
+template <typename T, int kUnit>
+cudaError_t LaunchSmallUnit(const SddmmParams& params, cudaStream_t stream) {
+  return params.split > 1 ? LaunchSmallTokens<T, kUnit, 16>(params, stream)
+                          : LaunchSmallTokens<T, kUnit, 32>(params, stream);
 }
 
 template <typename T>
@@ -26,13 +34,13 @@ cudaError_t LaunchSddmmOf(const SddmmParams& params, cudaStream_t stream) {
   }
   switch (params.unit) {
     case 16:
-      return LaunchSddmmUnit<T, 16>(params, stream);
+      return LaunchSmallUnit<T, 16>(params, stream);
     case 32:
-      return LaunchSddmmUnit<T, 32>(params, stream);
+      return LaunchSmallUnit<T, 32>(params, stream);
     case 64:
-      return LaunchSddmmUnit<T, 64>(params, stream);
+      return LaunchLargeUnit<T, 64>(params, stream);
     case 128:
-      return LaunchSddmmUnit<T, 128>(params, stream);
+      return LaunchLargeUnit<T, 128>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -12,9 +12,9 @@
 namespace jax_blocksparse::sm90 {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kPanel = 64;       // features that a copy has: rows of 128 bytes
-constexpr int kMaxPanels = 28;   // of a tile
-constexpr int kCopyWarps = 4;    // one warp cannot issue copies as fast as they can be served
+constexpr int kPanel = 64;      // features that a copy has: rows of 128 bytes
+constexpr int kMaxPanels = 28;  // of a tile
+constexpr int kCopyWarps = 4;   // one warp cannot issue copies as fast as they can be served
 constexpr int kMaxStages = 12;
 constexpr int kRingBytes = 224 * 1024;
 constexpr int kAlignment = 1024;  // of what tensor copies with this swizzle touch
@@ -50,6 +50,7 @@ struct SddmmShape {
   static constexpr int kPanelsPerSlab = kSlab / kPanel;
   static constexpr int kPanelBytes = kTokens * kPanel * 2;
   static constexpr int kSlabBytes = kPanelsPerSlab * kPanelBytes;
+  static constexpr int kStages = kUnit == 128 ? 4 : kMaxStages;  // more of the largest only get in each other's way
   static_assert(kPanel * 2 == 128, "the swizzle, the descriptors and the tensor maps are for rows of 128 bytes");
   static_assert(kPanelBytes % kAlignment == 0);
   static_assert(2 * kMaxSlabs * kSlabBytes <= kRingBytes, "two stages of the largest tile");
@@ -85,7 +86,7 @@ struct SddmmTile {
     units = clamp(next.y, first_unit, min(p.plan_units, first_unit + Shape::kCapacity)) - first_unit;
     x_slabs = clamp(tile.z, 0, Shape::kMaxSlabs - 1);
     dy_slabs = clamp(tile.w, 0, Shape::kMaxSlabs - x_slabs);
-    stages = min(kMaxStages, kRingBytes / max(1, stage_bytes()));
+    stages = min(Shape::kStages, kRingBytes / max(1, stage_bytes()));
   }
 
   __device__ bool IsEmpty() const { return units == 0 || x_slabs == 0 || dy_slabs == 0; }
@@ -219,8 +220,10 @@ __device__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& 
         float4 low{}, high{};
         if (row < rows && eight < col_eights) {
           for (int rank = 0; rank < tile.split; ++rank) {
-            const std::uint32_t from = AddressAt(address, rank);
-            const float4 l = LoadCluster16(from), h = LoadCluster16(from + 16);
+            const bool mine = rank == tile.rank;
+            const std::uint32_t from = mine ? address : AddressAt(address, rank);
+            const float4 l = mine ? LoadShared16(from) : LoadCluster16(from);
+            const float4 h = mine ? LoadShared16(from + 16) : LoadCluster16(from + 16);
             low = {low.x + l.x, low.y + l.y, low.z + l.z, low.w + l.w};
             high = {high.x + h.x, high.y + h.y, high.z + h.z, high.w + h.w};
           }
@@ -252,7 +255,14 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
   extern __shared__ unsigned char dynamic[];
   __shared__ SddmmShared shared;
 
+  // All that has to come from memory before the first copy, asked for at once.
   const SddmmTile<Shape> tile(p);
+  if (threadIdx.x < 2) PrefetchTensorMap(threadIdx.x == 0 ? &p.x : &p.dy);
+  if (const int panel = threadIdx.x; panel < Shape::kMaxSlabs * Shape::kPanelsPerSlab) {
+    const int slab = __ldg(p.slabs + tile.plan + tile.number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
+    shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * kPanel;
+  }
+  if (threadIdx.x == 0) StageRing::Init(SharedAddress(shared.barriers), kCopyWarps, kWarps);
   if (p.f32_output) {
     ZeroInert(p, tile, static_cast<float*>(p.data));
   } else {
@@ -262,11 +272,6 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
 
   const std::uint32_t ring_bytes = (SharedAddress(dynamic) + kAlignment - 1) & ~(kAlignment - 1);
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) StageRing::Init(SharedAddress(shared.barriers), kCopyWarps, kWarps);
-  if (const int panel = threadIdx.x; panel < Shape::kMaxSlabs * Shape::kPanelsPerSlab) {
-    const int slab = __ldg(p.slabs + tile.plan + tile.number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
-    shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * kPanel;
-  }
   __syncthreads();
 
   if (warp >= kWarps) {
@@ -275,6 +280,10 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
     return;
   }
   GrowRegisters<Consumers::kRegisters>();
+  for (int i = tile.first_block + threadIdx.x * 32; i < tile.last_block; i += kWarps * 32 * 32) {
+    PrefetchLine(p.order + tile.plan + i);
+    PrefetchLine(p.places + tile.plan + i);
+  }
   Consumers::Multiply(p, tile, StageRing(SharedAddress(shared.barriers), tile.stages), ring_bytes, warp);
   const auto sync = [&] {
     if (tile.split > 1) {

@@ -12,9 +12,9 @@
 
 namespace jax_blocksparse::sm90 {
 
-template <typename T, int kUnit>
+template <typename T, int kUnit, int kTokens>
 struct SmallConsumers {
-  using Shape = SddmmShape<kUnit, 32>;
+  using Shape = SddmmShape<kUnit, kTokens>;
   static constexpr int kWarps = 8;
   static constexpr int kRegisters = 240, kCopyRegisters = 24;
   static constexpr int kMostUnits = Shape::kCapacity / kWarps;  // of a warp
@@ -108,9 +108,9 @@ struct SmallConsumers {
   }
 };
 
-template <typename T, int kUnit>
+template <typename T, int kUnit, int kTokens>
 __global__ void __launch_bounds__(384, 1) SddmmSmallKernel(const __grid_constant__ SddmmKernelParams p) {
-  RunSddmm<T, SmallConsumers<T, kUnit>>(p);
+  RunSddmm<T, SmallConsumers<T, kUnit, kTokens>>(p);
 }
 
 }  // namespace jax_blocksparse::sm90

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -145,8 +145,8 @@ def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int
     return PlanLayout(in_features, out_features, block_size, nnz, tile_features, capacity)
 
 
-def flat_size(layout: PlanLayout) -> int:
-    """The number of integers in a flat plan."""
+def flat_size(layout: Any) -> int:
+    """The number of integers in a flat plan with the lists of `layout.shapes`."""
     return sum(-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in layout.shapes)
 
 

@@ -7,7 +7,10 @@ most what a CTA's registers hold. A tile needs some slabs of x and of dy: 64 nei
 """
 
 import dataclasses
+import functools
+import itertools
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,12 +24,14 @@ CAPACITY = {16: 160, 32: 40, 64: 12, 128: 3}
 MAX_SLABS = {16: 28, 32: 28, 64: 28, 128: 7}
 """By unit: the number of slabs that a tile can need. As in sddmm.h."""
 
-SLAB_WEIGHT = {16: 6, 32: 2, 64: 2, 128: 1}
-"""By unit: how many of them take as long to multiply as a slab takes to copy."""
 
-_SMS = 132
-_SPLITS = {1: _SMS, 2: _SMS // 2, 3: 39, 4: 30}
-"""Clusters that run at a time, by their size."""
+_CLUSTERS = {1: 132, 2: 66, 4: 30}
+"""By the number of CTAs that share a tile: clusters that an H100 runs at a time."""
+
+# Microseconds that a tile of 8192 tokens takes, measured on an H100, by unit.
+_START = {16: 15.0, 32: 25.0, 64: 45.0, 128: 28.0}
+_COPY = {16: 14.0, 32: 14.0, 64: 9.0, 128: 18.0}  # of a slab
+_MULTIPLY = {16: 2.1, 32: 4.9, 64: 9.3, 128: 32.0}  # of a unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class SddmmLayout:
       strip: features of dy in a strip, a multiple of `slab`.
       target: the number of tiles aimed at.
       split: the number of CTAs that share a tile, each taking its part of the tokens: 1, 2 or 4.
+      whole_rows: whether tiles end between rows of slabs, for the fewest slabs; else they all have as many units.
     """
 
     in_features: int
@@ -52,6 +58,7 @@ class SddmmLayout:
     strip: int
     target: int
     split: int
+    whole_rows: bool
 
     @property
     def ratio(self) -> int:
@@ -99,18 +106,20 @@ class SddmmLayout:
         return min(self.nnz, math.prod(self.units))
 
     @property
-    def max_weight(self) -> int:
-        """The weight of a tile that is full."""
-        return self.capacity + SLAB_WEIGHT[self.unit] * min(self.capacity, self.max_x_slabs)
+    def slab_rows(self) -> int:
+        """Slabs of all of x."""
+        return -(-self.in_features // self.slab)
 
     @property
     def tiles(self) -> int:
         """As many tiles as any pattern can take."""
         units = self.max_units
-        slabs = min(units, self.strips * -(-self.in_features // self.slab))  # that strips need
-        weight = units + SLAB_WEIGHT[self.unit] * slabs
-        tiles = min(slabs, max(self.target, weight // self.max_weight + self.strips)) + units // self.capacity
-        return tiles + (slabs + tiles) // self.max_x_slabs
+        tiles = min(units, max(self.target, units // self.capacity + self.strips))
+        if self.whole_rows:  # tiles are cut where they get too many units
+            tiles += units // self.capacity
+        if self.max_x_slabs < self.capacity:  # or need too many slabs
+            tiles += (min(units, self.strips * self.slab_rows) + tiles) // self.max_x_slabs
+        return tiles
 
     @property
     def shapes(self) -> "SddmmPlan":
@@ -122,6 +131,60 @@ class SddmmLayout:
             order=(self.nnz,),
             places=(self.nnz,),
         )
+
+
+@functools.cache
+def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int) -> SddmmLayout:
+    """Chooses what takes the least time by expectation, if the blocks are anywhere with equal chance.
+
+    Example:
+      >>> layout = choose_layout(4096, 4096, 64, nnz=1024)
+      >>> layout.unit, layout.strip, layout.target, layout.split
+      (64, 64, 132, 1)
+    """
+    return min(_layouts(in_features, out_features, block_size, nnz), key=_expected_time)
+
+
+def _layouts(in_features: int, out_features: int, block_size: int, nnz: int) -> Iterator[SddmmLayout]:
+    for unit in sorted({max(16, block_size), 128}):
+        slab = max(64, unit)
+        dy_slabs = -(-out_features // slab)
+        for width in range(1, min(MAX_SLABS[unit] - 1, dy_slabs) + 1):
+            if 0 < dy_slabs % width < 0.75 * width:
+                continue  # the last strip would be much narrower
+            for split, clusters in _CLUSTERS.items():
+                if unit == 128 and split > 1:
+                    continue  # never faster, as measured
+                for waves, whole_rows in itertools.product((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), (False, True)):
+                    target = waves * clusters
+                    yield SddmmLayout(
+                        in_features, out_features, block_size, nnz, unit, width * slab, target, split, whole_rows
+                    )
+
+
+def _expected_time(layout: SddmmLayout) -> float:
+    per_slab = layout.slab // layout.unit
+    dy_slabs = layout.strip // layout.slab
+    density = min(1.0, layout.nnz / math.prod(layout.grid))
+    density = 1 - (1 - density) ** (layout.ratio**2)  # of units
+    in_row = per_slab**2 * dy_slabs  # units of a row of slabs
+    rows = layout.slab_rows * (1 - (1 - density) ** in_row)  # that a strip needs
+    units = layout.slab_rows * in_row * density
+    tiles = max(1, layout.target // layout.strips, math.ceil(units / layout.capacity))  # of a strip
+    if layout.whole_rows:
+        x_slabs = math.ceil(rows / tiles)
+        units *= x_slabs / max(rows, 1e-9)
+        units += 1.75 * math.sqrt(units * (1 - density))  # in the fullest tile
+    else:
+        units = math.ceil(units / tiles)
+        x_slabs = rows / tiles + (1 if tiles > 1 else 0)
+        x_slabs += 2 * math.sqrt(units * (1 - density)) / max(1.0, in_row * density)  # where rows are emptiest
+        x_slabs = min(x_slabs, units)
+    if units > layout.capacity or x_slabs > layout.max_x_slabs:
+        return math.inf
+    waves = math.ceil(layout.strips * tiles / _CLUSTERS[layout.split])
+    copy, multiply = _COPY[layout.unit] * (x_slabs + dy_slabs), _MULTIPLY[layout.unit] * units
+    return waves * (_START[layout.unit] + max(copy, multiply) / layout.split)
 
 
 class SddmmPlan(NamedTuple):
@@ -159,7 +222,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
 
     Example:
       >>> import numpy as np
-      >>> layout = SddmmLayout(64, 128, block_size=16, nnz=3, unit=16, strip=64, target=2, split=1)
+      >>> layout = SddmmLayout(64, 128, block_size=16, nnz=3, unit=16, strip=64, target=2, split=1, whole_rows=False)
       >>> plan = make_plan(np.array([3, 0, 2]), np.array([1, 7, 0]), layout, np)
       >>> plan.order.tolist(), plan.tiles.tolist()
       ([2, 0, 1], [[0, 0, 1, 1], [2, 2, 1, 1], [3, 3, 0, 0]])
@@ -180,21 +243,21 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     new_unit = live & _changes(xp, key)
     number = xp.cumsum(new_unit) - 1
 
-    # Tiles of a strip: whole rows of slabs, of about the same weight, and as small as the target allows.
+    # Tiles of a strip: as even as possible, and as small as the target allows.
+    before = xp.searchsorted(key, xp.arange(strips + 1) * (height * width))
+    before = xp.concatenate([xp.zeros(1, number.dtype), number + 1])[before]
+    counts = before[1:] - before[:-1]
+    sizes = xp.arange(1, layout.capacity + 1)
+    fits = (-(-counts // sizes[:, None])).sum(1) <= layout.target
+    size = xp.where(fits.any(), xp.argmax(fits) + 1, layout.capacity)
+    size = xp.maximum(1, -(-counts // xp.maximum(1, -(-counts // size))))
     x_slab = unit_row // per_slab
     new_slab = live & (_changes(xp, strip) | _changes(xp, x_slab))
-    weight = new_unit + SLAB_WEIGHT[unit] * new_slab
-    total = xp.cumsum(weight)
-    bounds = xp.searchsorted(key, xp.arange(strips + 1) * (height * width))
-    bounds = xp.concatenate([xp.zeros(1, total.dtype), total])[bounds]
-    weights = bounds[1:] - bounds[:-1]
-    sizes = xp.arange(1, layout.max_weight + 1)
-    fits = (-(-weights // sizes[:, None])).sum(1) <= layout.target
-    size = xp.where(fits.any(), xp.argmax(fits) + 1, layout.max_weight)
-    size = xp.maximum(1, -(-weights // xp.maximum(1, -(-weights // size))))
-    row = xp.maximum(0, xp.cumsum(new_slab) - 1)
-    middle = 2 * (total - weight)[_last(xp, new_slab, position)] + sum_at(xp, row, weight, row.shape[0])[row]
-    new_tile = live & (_changes(xp, strip) | _changes(xp, (middle - 2 * bounds[strip]) // (2 * size[strip])))
+    place = 2 * (number - before[strip])
+    if layout.whole_rows:  # the middle of the row decides
+        row = xp.maximum(0, xp.cumsum(new_slab) - 1)
+        place = place[_last(xp, new_slab, position)] + sum_at(xp, row, new_unit, layout.nnz)[row]
+    new_tile = live & (_changes(xp, strip) | _changes(xp, place // (2 * size[strip])))
 
     # A tile with too many units, or that needs too many slabs of x, is cut.
     slot = number - number[_last(xp, new_tile, position)]
