@@ -72,7 +72,7 @@ def draw(report: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
 def _speedups(records: Records, _: Records) -> "Figure":
     """Speed-up over dense against density: a panel for each product, a line for each block size."""
     products = _present(records, "product", PRODUCT_NAMES)
-    figure, panels = _panels(1, len(products), height=3.6, sharey=True)
+    figure, panels = _panels(1, len(products), height=3.2, legend=True, sharey=True)
     ours = select(records, contender="native")
     for panel, product in zip(panels[0], products, strict=True):
         _speedup_axes(panel, ours)
@@ -82,7 +82,7 @@ def _speedups(records: Records, _: Records) -> "Figure":
         panel.set_title(PRODUCT_NAMES[product])
         panel.set_xlabel("density")
     panels[0][0].set_ylabel("speed-up over dense")
-    panels[0][0].legend(fontsize=8, loc="upper left")
+    _legend_below(figure, panels[0][0], columns=6)
     return figure
 
 
@@ -112,8 +112,7 @@ def _peers(records: Records, _: Records) -> "Figure | None":
     for top, bottom, block in zip(panels[0], panels[-1], blocks, strict=True):
         top.set_title(f"blocks of {block}")
         bottom.set_xlabel("density")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    _legend_below(figure, panels[0][0], columns=4)
     return figure
 
 
@@ -179,8 +178,12 @@ def _break_even(records: Records, _: Records) -> "Figure":
 def _panels(rows: int, columns: int, *, height: float, width: float = 2.9, legend: bool = False, **options: Any) -> Any:
     from matplotlib import pyplot
 
-    size = (width * columns + 0.6, height * rows + (0.7 if legend else 0.2))
+    size = (width * columns + 0.6, height * rows + (0.5 if legend else 0.2))
     return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+
+
+def _legend_below(figure: "Figure", panel: "Axes", columns: int) -> None:
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _speedup_axes(panel: "Axes", records: Records) -> None:

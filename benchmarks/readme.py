@@ -38,8 +38,8 @@ def section(report: dict[str, Any]) -> str:
             f"inputs, outputs) in {_long(workload['dtype'])}, random blocks, on {environment['device']}:",
             _table(records),
             *images,
-            f"Measured on {environment['date'][:10]} at revision {commit[:12]} with jax {versions['jax']}, the products\n"
-            "and dense in turns in one process, inputs not in the L2 cache, every result checked.",
+            f"Measured on {environment['date'][:10]} at revision {commit[:12]} with jax {versions['jax']}, the\n"
+            "products and dense in turns in one process, inputs not in the L2 cache, every result checked.",
         )
     )
 
@@ -81,9 +81,15 @@ def _table(records: list[dict[str, Any]]) -> str:
         cells = []
         for density in densities:
             values = {r["product"]: r["speedup_over_dense"] for r in select(ours, block_size=block, density=density)}
-            cells.append(" / ".join(f"{values[p]:.2g}" if p in values else "-" for p in PRODUCT_NAMES))
+            cells.append(" / ".join(_times(values.get(product)) for product in PRODUCT_NAMES))
         rows.append([str(block), *cells])
     return table(rows)
+
+
+def _times(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def _long(dtype: str) -> str:

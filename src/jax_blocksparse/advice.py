@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jax_blocksparse import patterns
 from jax_blocksparse.matrix import BlockSparseMatrix
 from jax_blocksparse.ops import matmul, sddmm
-from jax_blocksparse.pattern import check_density, check_geometry
+from jax_blocksparse.pattern import BlockPattern, check_density, check_geometry
 
 MEASUREMENTS = "measurements.json"
 """The file beside this module that holds what was measured where; `python -m benchmarks advice FILE` writes it."""
@@ -139,14 +139,6 @@ def advise(
 def interpolate(densities: Sequence[float], speedups: Sequence[float], density: float) -> float:
     """The speed-up at a density, between those measured on logarithmic scales; the last value holds beyond the ends.
 
-    Args:
-      densities: those measured, in any order.
-      speedups: over dense, at those densities.
-      density: the one wanted.
-
-    Returns:
-      The speed-up there.
-
     Example:
       >>> from jax_blocksparse.advice import interpolate
       >>> round(interpolate([0.1, 0.4], [4.0, 1.0], 0.2), 3)
@@ -159,12 +151,7 @@ def interpolate(densities: Sequence[float], speedups: Sequence[float], density: 
 def break_even(densities: Sequence[float], speedups: Sequence[float]) -> float:
     """The largest density up to which block-sparse is at least as fast as dense, between those measured.
 
-    Args:
-      densities: those measured, in any order.
-      speedups: over dense, at those densities.
-
-    Returns:
-      The density; the largest one measured if block-sparse always wins (1 if that is 1), and 0 if it never does.
+    The largest one measured if block-sparse always wins, 0 if it never does.
 
     Example:
       >>> from jax_blocksparse.advice import break_even
@@ -181,34 +168,33 @@ def break_even(densities: Sequence[float], speedups: Sequence[float]) -> float:
     return points[-1][0]
 
 
-def warn_if_dense_is_faster(M: int, K: int, N: int, block_size: int, density: float, dtype: DTypeLike) -> None:
+def warn_if_dense_is_faster(inputs: jax.Array, *weights: BlockPattern) -> None:
     """Says in the log, once for each kind of layer and dtype, that a layer is too dense to gain anything.
 
-    It goes by shipped measurements at a shape like the layer's, for the product y; where there are none, as on CPUs, it
-    stays silent. It is a warning of the logger "jax_blocksparse":
-    `logging.getLogger("jax_blocksparse").setLevel("ERROR")` silences it.
+    It goes by shipped measurements of y at a shape like the layer's; where there are none, as on CPUs, it stays silent.
+    It is a warning of a logger: `logging.getLogger("jax_blocksparse").setLevel("ERROR")` silences it.
 
     Args:
-      M: rows of x.
-      K: input features.
-      N: output features.
-      block_size: of the layer.
-      density: of the layer.
-      dtype: of the product.
-
-    Example:
-      >>> from jax_blocksparse.advice import warn_if_dense_is_faster
-      >>> warn_if_dense_is_faster(8192, 4096, 4096, 32, 0.9, "bfloat16")
+      inputs: of the layer, in the dtype of the computation.
+      weights: the patterns of its weights.
     """
+    rows, dtype = math.prod(inputs.shape[:-1]), inputs.dtype.name
+    for pattern in weights if rows else ():
+        _judge((rows, *pattern.shape), pattern.block_size, pattern.density, dtype)
+
+
+_judged: set[tuple[Any, ...]] = set()
+
+
+def _judge(shape: tuple[int, int, int], block_size: int, density: float, dtype: str) -> None:
     # Sizes within a factor of two count as one kind: models have many layers that are nearly alike.
-    dtype = jnp.dtype(dtype).name
-    kind = (M.bit_length(), K.bit_length(), N.bit_length(), block_size, round(density, 2), dtype)
+    kind = (*(size.bit_length() for size in shape), block_size, round(density, 2), dtype)
     if kind in _judged:
         return
     _judged.add(kind)
     device = _default_device().device_kind
-    measured, curves = _shipped_curves(device, (M, K, N), block_size, dtype)
-    if "y" not in curves or _distance((M, K, N), measured) > math.log(_LIKE_ENOUGH):
+    measured, curves = _shipped_curves(device, shape, block_size, dtype)
+    if "y" not in curves or _distance(shape, measured) > math.log(_LIKE_ENOUGH):
         return
     densities, speedups = zip(*curves["y"], strict=True)
     speedup = interpolate(densities, speedups, density)
@@ -216,11 +202,8 @@ def warn_if_dense_is_faster(M: int, K: int, N: int, block_size: int, density: fl
         _log.warning(
             "A block-sparse product %d x %d x %d in %s with blocks of %d and density %.2g is expected to take %.1f "
             "times as long as a dense one on %s: it is faster below density %.2g. See jax_blocksparse.advise.",
-            *(M, K, N, dtype, block_size, density, 1 / speedup, device, break_even(densities, speedups)),
+            *(*shape, dtype, block_size, density, 1 / speedup, device, break_even(densities, speedups)),
         )
-
-
-_judged: set[tuple[Any, ...]] = set()
 
 
 def _default_device() -> jax.Device:
@@ -228,10 +211,10 @@ def _default_device() -> jax.Device:
     return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
 
 
-def _range(break_even: float) -> str:
-    if break_even == 0:
+def _range(limit: float) -> str:
+    if limit == 0:
         return "slower than dense at every density measured"
-    return "faster at every density" if break_even == 1 else f"faster below density {break_even:.2g}"
+    return "faster at every density" if limit == 1 else f"faster below density {limit:.2g}"
 
 
 @functools.cache
