@@ -1,0 +1,55 @@
+// y = x W on Hopper's tensor cores: what the kernels offer to the handlers. Plain C++.
+//
+// Everything that depends on the pattern comes as plan arrays (src/jax_blocksparse/plan.py makes and describes them).
+// Output features are cut into tiles, input features into chunks of 64; a step is a chunk in which a tile has blocks.
+// No content of the plan arrays can lead outside a buffer.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../kernels.h"
+
+namespace jax_blocksparse::sm90 {
+
+constexpr int kChunk = 64;  // input features a step
+
+// The number of features whose blocks share a word of the plan's masks.
+constexpr int SliceFeatures(int block) { return block < 16 ? 16 : block; }
+
+// A batch size of 1 shares an operand between all batch elements.
+struct MatmulParams {
+  const void* x;  // (x_batch, tokens, in_features)
+  // (data_batch, nnz, block, block). Blocks of 8 to 32: in the plan's order, zero where they stick out of W. Blocks of
+  // 64 and 128: in any order; where they stick out of W they may hold anything.
+  const void* data;
+  const std::int32_t* tiles;  // (plan_batch, feature_tiles, 2): tile, its number of steps; most work first
+  const std::int32_t* steps;  // (plan_batch, feature_tiles, max_steps, 4)
+  const std::int32_t* masks;  // (plan_batch, feature_tiles, slices, max_steps); blocks of 8 to 32 only
+  void* y;                    // (batch, tokens, out_features)
+  std::int64_t batch, x_batch, data_batch, plan_batch;
+  std::int64_t tokens;
+  std::int32_t in_features;
+  std::int32_t out_features;
+  std::int32_t nnz;
+  std::int32_t block;
+  std::int32_t tile_features;  // 128 or 256; 128 for blocks of 64 and 128
+  std::int32_t max_steps;
+  std::int32_t capacity;  // blocks of 8 to 32: the most blocks a step has
+  ElementType type;       // of x and data: kBF16 or kF16
+  bool transpose;         // multiply with the blocks' transposes; blocks of 64 and 128 only
+  bool f32_output;        // y is float, else it has the element type
+};
+
+// Whether the kernels take these operands: tensor copies want rows at multiples of 16 bytes.
+inline bool CanLaunchMatmul(const MatmulParams& p) {
+  const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
+  return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.steps) && p.in_features % 8 == 0 &&
+         p.out_features % (p.f32_output ? 4 : 8) == 0;
+}
+
+cudaError_t LaunchMatmulBF16(const MatmulParams& params, cudaStream_t stream);
+cudaError_t LaunchMatmulF16(const MatmulParams& params, cudaStream_t stream);
+
+}  // namespace jax_blocksparse::sm90

@@ -1,0 +1,270 @@
+// What the two matmul kernels share: the order of tiles, the ring of stages, looking ahead in the plan, writing y.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../launch.cuh"
+#include "matmul.h"
+#include "ptx.cuh"
+#include "tensor_map.h"
+
+namespace jax_blocksparse::sm90 {
+
+constexpr int kGroup = 64;               // features of a warpgroup's product, "M" of the instruction
+constexpr int kChunkBytes = kChunk * 2;  // a row of x in a stage
+constexpr int kMaxStages = 16;
+constexpr int kPieceBytes = 8192;  // of y, for one store: 64 tokens x 64 features of 16 bits, 32 x 64 of 32 bits
+constexpr int kWUnit = 2048;       // small blocks are copied in multiples of this many bytes
+constexpr int kWUnits = 16;
+constexpr int kProducerThreads = 128;  // registers are handed over by whole warpgroups; one of the warps works
+// What is handed over comes out of what the CTA got at its launch: as many a thread as its size allows, in eights. With
+// more warpgroups the producer spills a little, so that the consumers can do without waiting for products.
+constexpr int ProducerRegisters(int warpgroups) { return warpgroups > 2 ? 32 : 56; }
+constexpr int ConsumerRegisters(int warpgroups) {
+  const int threads = warpgroups * 128 + kProducerThreads;
+  const int at_launch = 65536 / threads / 8 * 8 * threads;
+  return (at_launch - kProducerThreads * ProducerRegisters(warpgroups)) / (warpgroups * 128) / 8 * 8;
+}
+constexpr unsigned kAllLanes = 0xffffffffu;
+static_assert(kChunkBytes == 128, "the swizzle, the descriptors and the tensor maps are for rows of 128 bytes");
+
+struct KernelParams {
+  CUtensorMap x;
+  CUtensorMap y;
+  CUtensorMap w[kWUnits];  // small blocks: boxes of 1 to kWUnits units; large ones use the first only
+  const int2* tiles;
+  const int4* steps;
+  const std::uint32_t* masks;
+  int batch, token_tiles, feature_tiles;
+  int band;  // token tiles
+  int in_features;
+  int max_steps;
+  int capacity;
+  int stages;
+  bool x_shared, w_shared, plan_shared;
+  bool f32_output;
+};
+
+// A tile of y. It is valid if steps >= 0.
+struct Tile {
+  int list;  // which of the plan's lists of steps is the tile's
+  int feature, token, batch;
+  int steps;
+};
+
+// The tiles of one CTA (or cluster), of kTokens tokens each. A band of token tiles, of which x stays in L2, is finished
+// before the next is begun; in it, the tiles with most work go first. Every other round goes through the CTAs
+// backwards, so that who had more work has less the next time.
+template <int kTokens, int kFeatures>
+class TileList {
+ public:
+  __device__ TileList(const KernelParams& p, int worker, int workers) : p_(p), worker_(worker), workers_(workers) {}
+
+  __device__ Tile Load(int round) const {
+    const std::int64_t per_batch = static_cast<std::int64_t>(p_.token_tiles) * p_.feature_tiles;
+    const std::int64_t index =
+        static_cast<std::int64_t>(round) * workers_ + (round % 2 == 0 ? worker_ : workers_ - 1 - worker_);
+    Tile tile{0, 0, 0, 0, -1};
+    if (index >= per_batch * p_.batch) return tile;
+    tile.batch = static_cast<int>(index / per_batch);
+    int rest = static_cast<int>(index - tile.batch * per_batch);
+    const int first = rest / (p_.band * p_.feature_tiles) * p_.band;
+    const int height = min(p_.band, p_.token_tiles - first);
+    rest -= first * p_.feature_tiles;
+    tile.token = (first + rest % height) * kTokens;
+    tile.list = (p_.plan_shared ? 0 : tile.batch * p_.feature_tiles) + rest / height;
+    const int2 entry = __ldg(p_.tiles + tile.list);
+    tile.feature = max(0, min(entry.x, p_.feature_tiles - 1)) * kFeatures;
+    tile.steps = max(0, min(entry.y, p_.max_steps));
+    return tile;
+  }
+
+ private:
+  const KernelParams& p_;
+  int worker_, workers_;
+};
+
+// Stages in shared memory that a producer fills and consumers empty, in turns.
+class Ring {
+ public:
+  __device__ Ring(std::uint32_t barriers, int stages) : barriers_(barriers), stages_(stages) {}
+
+  static __device__ void Init(std::uint32_t barriers, int stages, int consumers) {
+    for (int stage = 0; stage < stages; ++stage) {
+      InitBarrier(barriers + stage * 8, 1);
+      InitBarrier(barriers + (kMaxStages + stage) * 8, consumers);
+    }
+    FenceBarrierInit();
+  }
+
+  __device__ int stage() const { return stage_; }
+  __device__ std::uint32_t full() const { return barriers_ + stage_ * 8; }
+  __device__ std::uint32_t empty() const { return full() + kMaxStages * 8; }
+  __device__ bool IsFull() const { return __all_sync(kAllLanes, TestBarrier(full(), phase_)); }
+  __device__ void WaitFull() const { WaitBarrier(full(), phase_); }
+  __device__ void WaitEmpty() const { WaitBarrier(empty(), phase_ ^ 1); }
+  __device__ void Advance() {
+    if (++stage_ == stages_) {
+      stage_ = 0;
+      phase_ ^= 1;
+    }
+  }
+
+ private:
+  std::uint32_t barriers_;
+  int stages_;
+  int stage_ = 0;
+  std::uint32_t phase_ = 0;
+};
+
+// Shared memory: the stages, then a piece of y for each warpgroup and buffer, then `extra` bytes.
+constexpr int kMaxSharedBytes = 227 * 1024 - 512;  // besides the barriers
+constexpr int kAlignment = 1024;                   // of what tensor copies with this swizzle touch
+
+constexpr int StagesThatFit(int stage_bytes, int other_bytes) {
+  return std::min(kMaxStages, (kMaxSharedBytes - kAlignment - other_bytes) / stage_bytes);
+}
+
+// Where a 16-byte piece of a row of 128 bytes lies, swizzled as tensor copies do.
+__device__ __forceinline__ std::uint32_t Swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+
+// Writes the 64 features x kTokens tokens that a warpgroup has in `sum`, through its kBuffers pieces of shared memory.
+// The accumulator is transposed on the way: it has a row for each feature, y one for each token.
+template <typename T, int kTokens, int kBuffers>
+class OutputWriter {
+ public:
+  __device__ OutputWriter(const KernelParams& p, std::uint32_t buffers, int warpgroup)
+      : p_(p), buffers_(buffers), sync_(warpgroup + 1), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
+
+  __device__ void Write(const float (&sum)[kTokens / 2], int feature, int token, int batch) {
+    if (p_.f32_output) {
+      WritePieces<32>(sum, feature, token, batch);
+    } else {
+      WritePieces<64>(sum, feature, token, batch);
+    }
+  }
+
+  __device__ void Finish() const {
+    if (IsStorer()) WaitForStores();
+  }
+
+ private:
+  __device__ bool IsStorer() const { return threadIdx.x % 128 == 0; }
+
+  // kPieceTokens is 64 for 16-bit values and 32 for float, where a piece is two boxes of 32 features.
+  template <int kPieceTokens>
+  __device__ void WritePieces(const float (&sum)[kTokens / 2], int feature, int token, int batch) {
+#pragma unroll
+    for (int piece = 0; piece < kTokens / kPieceTokens; ++piece) {
+      const std::uint32_t buffer = buffers_ + next_ * kPieceBytes;
+      next_ = (next_ + 1) % kBuffers;
+      if (IsStorer()) WaitForStoreReads<kBuffers - 1>();
+      SyncWarpgroup(sync_);
+      const float* part = sum + piece * (kPieceTokens / 2);
+      if constexpr (kPieceTokens == 64) {
+        StageHalves(part, buffer);
+      } else {
+        StageFloats(part, buffer);
+      }
+      FenceForCopies();
+      SyncWarpgroup(sync_);
+      if (IsStorer()) {
+        const int first = token + piece * kPieceTokens;
+        StoreTensor(&p_.y, feature, first, batch, buffer);
+        if constexpr (kPieceTokens == 32) {
+          StoreTensor(&p_.y, feature + 32, first, batch, buffer + kPieceBytes / 2);
+        }
+        CommitStores();
+      }
+    }
+  }
+
+  __device__ void StageHalves(const float* sum, std::uint32_t buffer) const {
+    const int row = (lane_ & 7) + (lane_ >> 4 & 1) * 8, piece = warp_ * 2 + (lane_ >> 3 & 1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* s = sum + i * 8;
+      StoreMatricesTransposed(buffer + Swizzled(i * 16 + row, piece), Pack<T>(s[0], s[1]), Pack<T>(s[2], s[3]),
+                              Pack<T>(s[4], s[5]), Pack<T>(s[6], s[7]));
+    }
+  }
+
+  __device__ void StageFloats(const float* sum, std::uint32_t buffer) const {
+    const int feature = (warp_ & 1) * 16 + lane_ / 4;
+    buffer += (warp_ >> 1) * (kPieceBytes / 2) + feature % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int token = i / 4 * 8 + lane_ % 4 * 2 + (i & 1);
+      StoreShared4(buffer + Swizzled(token, feature / 4 + (i & 2)), __float_as_uint(sum[i]));
+    }
+  }
+
+  const KernelParams& p_;
+  std::uint32_t buffers_;
+  int sync_;
+  int warp_, lane_;
+  int next_ = 0;
+};
+
+// Fills in what both kernels need, all but w, capacity and stages.
+template <typename T>
+cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* to) {
+  constexpr CUtensorMapDataType kType =
+      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto extent = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
+  cudaError_t error = EncodeTensorMap(&to->x, {from.x, kType, 2, extent(from.in_features), extent(from.tokens),
+                                               extent(from.x_batch), static_cast<std::uint32_t>(tile_tokens)});
+  if (error != cudaSuccess) return error;
+  const TensorMapSpec y = {from.y,
+                           from.f32_output ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : kType,
+                           from.f32_output ? 4u : 2u,
+                           extent(from.out_features),
+                           extent(from.tokens),
+                           extent(from.batch),
+                           from.f32_output ? 32u : 64u};
+  if (error = EncodeTensorMap(&to->y, y); error != cudaSuccess) return error;
+
+  to->tiles = reinterpret_cast<const int2*>(from.tiles);
+  to->steps = reinterpret_cast<const int4*>(from.steps);
+  to->masks = reinterpret_cast<const std::uint32_t*>(from.masks);
+  to->batch = static_cast<int>(from.batch);
+  to->token_tiles = static_cast<int>(CeilDiv(from.tokens, tile_tokens));
+  to->feature_tiles = static_cast<int>(CeilDiv(from.out_features, from.tile_features));
+  constexpr std::int64_t kBandBytes = 16 << 20;  // a third of L2
+  const std::int64_t tile_bytes = std::int64_t{tile_tokens} * from.in_features * 2;
+  to->band = static_cast<int>(std::clamp<std::int64_t>(kBandBytes / tile_bytes, 1, to->token_tiles));
+  to->in_features = from.in_features;
+  to->max_steps = from.max_steps;
+  to->x_shared = from.x_batch == 1;
+  to->w_shared = from.data_batch == 1;
+  to->plan_shared = from.plan_batch == 1;
+  to->f32_output = from.f32_output;
+  return cudaSuccess;
+}
+
+// One CTA for each SM, or as many as there are tiles, in clusters of kCluster.
+template <auto kKernel, int kCluster>
+cudaError_t LaunchPersistent(const KernelParams& params, std::int64_t tiles, int threads, int shared_bytes,
+                             cudaStream_t stream) {
+  if (const cudaError_t error = AllowSharedMemory<kKernel>(kMaxSharedBytes); error != cudaSuccess) return error;
+  int device, sms;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+      error != cudaSuccess) {
+    return error;
+  }
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kCluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(std::min<std::int64_t>(sms / kCluster, tiles) * kCluster);
+  config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kKernel, params);
+}
+
+}  // namespace jax_blocksparse::sm90

@@ -1,0 +1,217 @@
+// y = x W and dx = dy W^T for blocks of 64 and 128 on Hopper.
+//
+// A CTA computes 256 tokens x 128 features. One warp copies, for each step of the tile's list, a chunk of x (256 tokens
+// x 64 depths) and the 64 x 64 pieces of W that meet it into a ring of stages; each of two warpgroups multiplies 64 of
+// the features with all tokens, where its piece is present. The roles are swapped: features are the instruction's M,
+// tokens its N, so that an absent piece saves a whole product and x, the larger operand, is read by wide products. W is
+// multiplied as it is stored, or transposed, by the choice of its descriptor: there is no packing, and one image in
+// shared memory serves both directions. A cluster of two takes neighbouring token tiles, which need the same pieces of
+// W: each fetches half of them for both. CTAs are persistent, so that copies of the next tile run while y is written.
+// What bounds it: the tensor cores for blocks of 128 at high density; filling shared memory from L2 for blocks of 64,
+// where a chunk of x serves 1 to 2 pieces; reading x and writing y at low density.
+#pragma once
+
+#include "matmul_common.cuh"
+
+namespace jax_blocksparse::sm90 {
+
+template <int kBlock>
+struct LargeTile {
+  static constexpr int kTokens = 256;
+  static constexpr int kFeatures = 128;
+  static constexpr int kWarpgroups = kFeatures / kGroup;
+  static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
+  static constexpr int kXBytes = kTokens * kChunkBytes;
+  static constexpr int kPieceOfW = kGroup * kChunk * 2;
+  static constexpr int kStageBytes = kXBytes + kWarpgroups * kPieceOfW;
+  static constexpr int kOutputBytes = kWarpgroups * kPieceBytes;
+  static constexpr int kStages = StagesThatFit(kStageBytes, kOutputBytes);
+  static constexpr int kSharedBytes = kAlignment + kStages * kStageBytes + kOutputBytes;
+  static_assert(kBlock == 64 || kBlock == 128,
+                "a chunk is a block's depth or half of it, a group its width or half of it");
+  static_assert(kWarpgroups == 2, "a step names two pieces of W");
+  static_assert(kTokens == 256, "the width of the product");
+  static_assert(kPieceOfW % kAlignment == 0 && kXBytes % kAlignment == 0);
+  static_assert(kStages >= 3, "one multiplied, one released late, one filled");
+};
+
+// Zeroes what a 64 x 64 piece of W has at depths that x does not have, where W may hold anything: x is zero there, but
+// zero times NaN is not. Depths are rows or, with kDepthInner, columns; x has a multiple of 8 of them.
+template <bool kDepthInner>
+__device__ __forceinline__ void ClearBeyond(std::uint32_t piece, int depth) {
+  for (int i = threadIdx.x % 128; i < 64 * 8; i += 128) {
+    const int outer = i / 8, inner = i % 8;
+    if (kDepthInner ? inner * 8 >= depth : outer >= depth) StoreShared16(piece + Swizzled(outer, inner), uint4{});
+  }
+}
+
+// Steps are (chunk, id of the first group's block, id of the second's, unused); absent ids are negative.
+template <typename T, int kBlock, bool kTranspose, int kCluster>
+__global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
+    MatmulLargeKernel(const __grid_constant__ KernelParams p) {
+  using L = LargeTile<kBlock>;
+  extern __shared__ unsigned char shared[];
+  __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
+
+  const std::uint32_t stages = (SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1);
+  const std::uint32_t barriers = SharedAddress(barrier_storage);
+  const std::uint32_t output = stages + L::kStages * L::kStageBytes;
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int rank = kCluster == 1 ? 0 : static_cast<int>(ClusterRank());
+
+  if (threadIdx.x == 0) Ring::Init(barriers, L::kStages, L::kWarpgroups * 4 * kCluster);
+  __syncthreads();
+  if constexpr (kCluster > 1) SyncCluster();
+
+  const TileList<L::kTokens * kCluster, L::kFeatures> tiles(p, blockIdx.x / kCluster, gridDim.x / kCluster);
+  Ring ring(barriers, L::kStages);
+
+  if (warp >= L::kWarpgroups * 4) {
+    ShrinkRegisters<ProducerRegisters(L::kWarpgroups)>();
+    if (warp == L::kWarpgroups * 4) {
+      const auto load = [&](const Tile& tile, int first) {
+        const int i = first + lane;
+        return i < p.max_steps && tile.steps >= 0
+                   ? __ldg(p.steps + static_cast<std::int64_t>(tile.list) * p.max_steps + i)
+                   : int4{};
+      };
+      Tile tile = tiles.Load(0);
+      int4 next = load(tile, 0);
+      for (int round = 1; tile.steps >= 0; ++round) {
+        const Tile following = tiles.Load(round);
+        const int token = tile.token + rank * L::kTokens;
+        for (int first = 0; first == 0 || first < tile.steps; first += 32) {
+          const int4 window = next;
+          next = first + 32 < tile.steps ? load(tile, first + 32) : load(following, 0);
+          const int count = min(32, tile.steps - first);
+          for (int i = 0; i < count; ++i) {
+            const int chunk = __shfl_sync(kAllLanes, window.x, i);
+            const int ids[] = {__shfl_sync(kAllLanes, window.y, i), __shfl_sync(kAllLanes, window.z, i)};
+            if (lane == 0) {
+              const std::uint32_t to = stages + ring.stage() * L::kStageBytes;
+              ring.WaitEmpty();
+              ArriveExpecting(ring.full(), L::kXBytes + ((ids[0] >= 0) + (ids[1] >= 0)) * L::kPieceOfW);
+              LoadTensor(to, &p.x, chunk * kChunk, token, p.x_shared ? 0 : tile.batch, ring.full());
+#pragma unroll
+              for (int group = 0; group < 2; ++group) {
+                if (ids[group] < 0 || (kCluster > 1 && group != rank)) continue;
+                const int depth = chunk * kChunk % kBlock, feature = group * kGroup % kBlock;
+                const int row = ids[group] * kBlock + (kTranspose ? feature : depth);
+                const int column = kTranspose ? depth : feature;
+                const int batch = p.w_shared ? 0 : tile.batch;
+                const std::uint32_t piece = to + L::kXBytes + group * L::kPieceOfW;
+                if constexpr (kCluster > 1) {
+                  LoadTensorMulticast(piece, &p.w[0], column, row, batch, ring.full(), (1 << kCluster) - 1);
+                } else {
+                  LoadTensor(piece, &p.w[0], column, row, batch, ring.full());
+                }
+              }
+            }
+            ring.Advance();
+          }
+        }
+        tile = following;
+      }
+    }
+    __syncwarp();
+  } else {
+    GrowRegisters<ConsumerRegisters(L::kWarpgroups)>();
+    const int group = warp / 4;
+    const auto load = [&](const Tile& tile, int first) {
+      const int i = first + lane;
+      const int* step = reinterpret_cast<const int*>(p.steps + static_cast<std::int64_t>(tile.list) * p.max_steps + i);
+      return i < p.max_steps && tile.steps >= 0 ? int2{__ldg(step), __ldg(step + 1 + group)} : int2{0, -1};
+    };
+    const auto release = [&](std::uint32_t barrier) {
+      if constexpr (kCluster > 1) {
+        if (lane < kCluster) ArriveAt(barrier, lane);
+      } else {
+        if (lane == 0) Arrive(barrier);
+      }
+    };
+    OutputWriter<T, L::kTokens, 1> writer(p, output + group * kPieceBytes, group);
+    Tile tile = tiles.Load(0);
+    int2 next = load(tile, 0);
+    for (int round = 1; tile.steps >= 0; ++round) {
+      const Tile following = tiles.Load(round);
+      float sum[L::kTokens / 2];
+#pragma unroll
+      for (float& s : sum) s = 0.f;
+      std::uint32_t held = 0;  // the barrier of the stage that products under way still read, if any
+      int2 window = next;
+      next = 32 < tile.steps ? load(tile, 32) : load(following, 0);
+      for (int i = 0; i < tile.steps; ++i) {
+        if (i % 32 == 0 && i > 0) {
+          window = next;
+          next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
+        }
+        const int chunk = __shfl_sync(kAllLanes, window.x, i % 32);
+        const int id = __shfl_sync(kAllLanes, window.y, i % 32);
+        const std::uint32_t stage = stages + ring.stage() * L::kStageBytes;
+        // The last step's products end here; the other warpgroup's keep the tensor cores busy meanwhile. A stage is not
+        // held while waiting for copies.
+        const auto finish = [&] {
+          WaitForProducts<0>();
+          if (held != 0) release(held);
+          held = 0;
+        };
+        if (!ring.IsFull()) {
+          finish();
+          ring.WaitFull();
+        }
+        finish();
+        KeepRegisters(sum);
+        held = ring.empty();
+        if (id >= 0) {
+          const std::uint32_t piece = stage + L::kXBytes + group * L::kPieceOfW;
+          if (const int depth = p.in_features - chunk * kChunk; depth < kChunk) {
+            ClearBeyond<kTranspose>(piece, depth);
+            FenceForCopies();
+            SyncWarpgroup(group + 1);
+          }
+          const std::uint64_t x = OperandDescriptor(stage), w = OperandDescriptor(piece);
+          FenceProducts();
+#pragma unroll
+          for (int k = 0; k < kChunk / 16; ++k) {
+            MultiplyShared<T, !kTranspose>(sum, w + k * (kTranspose ? kDepthStepKMajor : kDepthStepMNMajor),
+                                           x + k * kDepthStepKMajor);
+          }
+          CommitProducts();
+        }
+        ring.Advance();
+      }
+      WaitForProducts<0>();
+      KeepRegisters(sum);
+      if (held != 0) release(held);
+      writer.Write(sum, tile.feature + group * kGroup, tile.token + rank * L::kTokens, tile.batch);
+      tile = following;
+    }
+    writer.Finish();
+    __syncwarp();
+  }
+  // A CTA must not leave while the other one of its cluster signals its barriers.
+  if constexpr (kCluster > 1) SyncCluster();
+}
+
+template <typename T, int kBlock, bool kTranspose, int kCluster>
+cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
+  using L = LargeTile<kBlock>;
+  KernelParams p;
+  cudaError_t error = FillParams<T>(params, L::kTokens, &p);
+  if (error != cudaSuccess) return error;
+  p.token_tiles = static_cast<int>(CeilDiv(p.token_tiles, kCluster));
+  p.band = static_cast<int>(CeilDiv(p.band, kCluster));
+  p.capacity = 0;
+  p.stages = L::kStages;
+  constexpr CUtensorMapDataType kType =
+      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const std::uint64_t rows = static_cast<std::uint64_t>(params.nnz) * kBlock;
+  error = EncodeTensorMap(&p.w[0],
+                          {params.data, kType, 2, kBlock, rows, static_cast<std::uint64_t>(params.data_batch), kChunk});
+  if (error != cudaSuccess) return error;
+  const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
+  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kCluster>, kCluster>(p, tiles, L::kThreads,
+                                                                                        L::kSharedBytes, stream);
+}
+
+}  // namespace jax_blocksparse::sm90

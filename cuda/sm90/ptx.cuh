@@ -1,0 +1,269 @@
+// PTX instructions of sm_90a, one thin function each: barriers, tensor copies, warpgroup products. Shared memory
+// addresses are 32-bit, as PTX wants them.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../ptx.cuh"
+
+namespace jax_blocksparse::sm90 {
+
+// ---- Barriers in shared memory ----
+
+__device__ __forceinline__ void InitBarrier(std::uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to copies and to the other CTA of a cluster.
+__device__ __forceinline__ void FenceBarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void Arrive(std::uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same for the barrier at this address in CTA `rank` of the cluster. The forms that say .release.cluster cost
+// several times as much.
+__device__ __forceinline__ void ArriveAt(std::uint32_t barrier, std::uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::
+          "r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+__device__ __forceinline__ void ArriveExpecting(std::uint32_t barrier, std::uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits until the phase of this parity is over.
+__device__ __forceinline__ void WaitBarrier(std::uint32_t barrier, std::uint32_t parity) {
+  asm volatile(
+      "{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Whether it is over now.
+__device__ __forceinline__ bool TestBarrier(std::uint32_t barrier, std::uint32_t parity) {
+  std::uint32_t done;
+  asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+
+// Threads of one warpgroup. Barrier 0 is __syncthreads.
+__device__ __forceinline__ void SyncWarpgroup(int barrier) {
+  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void SyncCluster() {
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ std::uint32_t ClusterRank() {
+  std::uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Hands registers of a warpgroup back to the SM or takes some more. The compiler plans with these numbers.
+template <int kRegisters>
+__device__ __forceinline__ void ShrinkRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void GrowRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- Tensor copies. Coordinates count elements, innermost first; what lies outside the tensor arrives as zero. ----
+
+__device__ __forceinline__ void LoadTensor(std::uint32_t to, const CUtensorMap* from, int c0, int c1, int c2,
+                                           std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(to),
+      "l"(from), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
+      : "memory");
+}
+
+// The same into every CTA of the cluster that `ctas` has a bit for, at the same address, signalling each one's barrier.
+__device__ __forceinline__ void LoadTensorMulticast(std::uint32_t to, const CUtensorMap* from, int c0, int c1, int c2,
+                                                    std::uint32_t barrier, std::uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(from), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(ctas)
+      : "memory");
+}
+
+__device__ __forceinline__ void StoreTensor(const CUtensorMap* to, int c0, int c1, int c2, std::uint32_t from) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(to),
+               "r"(c0), "r"(c1), "r"(c2), "r"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void CommitStores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's groups of stores still read shared memory.
+template <int kPending>
+__device__ __forceinline__ void WaitForStoreReads() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void WaitForStores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Makes ordinary writes to shared memory visible to tensor copies.
+__device__ __forceinline__ void FenceForCopies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void StoreShared4(std::uint32_t to, std::uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements, each stored transposed; lane l gives the address of row l%8 of matrix l/8.
+__device__ __forceinline__ void StoreMatricesTransposed(std::uint32_t row_address, std::uint32_t m0, std::uint32_t m1,
+                                                        std::uint32_t m2, std::uint32_t m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(m0),
+               "r"(m1), "r"(m2), "r"(m3)
+               : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ std::uint32_t Pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+  }
+}
+
+// ---- Warpgroup products: sum (64 x N, float) += A (64 x 16) B (16 x N) ----
+
+// The operand at an address in shared memory, in rows of 128 bytes with the 128-byte swizzle, 8 rows to a group of
+// 1024 bytes. Both meanings of the rows use it: rows of 64 depths, one for each m or n ("K-major"), and rows of 64 m,
+// one for each depth ("MN-major"; A of at most 64 m only, because no second group of 64 is described).
+__device__ __forceinline__ std::uint64_t OperandDescriptor(std::uint32_t address) {
+  constexpr std::uint32_t kSwizzle128 = 1u << 30, kGroupStride = 1024 >> 4, kUnusedStride = 1u << 16;
+  return std::uint64_t{kSwizzle128 | kGroupStride} << 32 | kUnusedStride | (address & 0x3ffff) >> 4;
+}
+
+// What 16 depths further adds to a descriptor.
+constexpr std::uint32_t kDepthStepKMajor = 16 * 2 >> 4;
+constexpr std::uint32_t kDepthStepMNMajor = 16 * 128 >> 4;
+
+__device__ __forceinline__ void FenceProducts() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void CommitProducts() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void WaitForProducts() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Registers of products under way must stay where they are until the wait. Without these fences right after the wait
+// the compiler moves them, without a warning and with wrong results.
+template <int kCount>
+__device__ __forceinline__ void KeepRegisters(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void KeepRegisters(std::uint32_t (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+template <typename R, int kRows, int kCount>
+__device__ __forceinline__ void KeepRegisters(R (&registers)[kRows][kCount]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) KeepRegisters(registers[i]);
+}
+template <typename R, int kPlanes, int kRows, int kCount>
+__device__ __forceinline__ void KeepRegisters(R (&registers)[kPlanes][kRows][kCount]) {
+#pragma unroll
+  for (int i = 0; i < kPlanes; ++i) KeepRegisters(registers[i]);
+}
+
+// Operands %0 to %63 and %0 to %127, the sum.
+#define JBS_SUM64                                                                    \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+#define JBS_SUM128                                                                               \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                      \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+#define JBS_INOUT4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define JBS_INOUT16(d, i) JBS_INOUT4(d, i), JBS_INOUT4(d, i + 4), JBS_INOUT4(d, i + 8), JBS_INOUT4(d, i + 12)
+#define JBS_INOUT64(d, i) JBS_INOUT16(d, i), JBS_INOUT16(d, i + 16), JBS_INOUT16(d, i + 32), JBS_INOUT16(d, i + 48)
+#define JBS_INOUT128(d, i) JBS_INOUT64(d, i), JBS_INOUT64(d, i + 64)
+
+// A in registers, B K-major in shared memory. In the instruction: add to the sum, negate neither, B not transposed.
+#define JBS_MULTIPLY_REGISTERS(n, regs, type, a0, a1, a2, a3, b)                                 \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " JBS_SUM##regs \
+               "{" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1, 1, 1, 0;"                            \
+               : JBS_INOUT##regs(sum, 0)                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor))
+
+template <typename T>
+__device__ __forceinline__ void MultiplyRegisters(float (&sum)[64], const std::uint32_t (&a)[4],
+                                                  std::uint64_t b_descriptor) {
+  if constexpr (std::is_same_v<T, __half>) {
+    JBS_MULTIPLY_REGISTERS(128, 64, "f16", "%64", "%65", "%66", "%67", "%68");
+  } else {
+    JBS_MULTIPLY_REGISTERS(128, 64, "bf16", "%64", "%65", "%66", "%67", "%68");
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void MultiplyRegisters(float (&sum)[128], const std::uint32_t (&a)[4],
+                                                  std::uint64_t b_descriptor) {
+  if constexpr (std::is_same_v<T, __half>) {
+    JBS_MULTIPLY_REGISTERS(256, 128, "f16", "%128", "%129", "%130", "%131", "%132");
+  } else {
+    JBS_MULTIPLY_REGISTERS(256, 128, "bf16", "%128", "%129", "%130", "%131", "%132");
+  }
+}
+
+// Both in shared memory: A K-major or, with kMNMajorA, MN-major; B K-major.
+#define JBS_MULTIPLY_SHARED(type)                                                          \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " " JBS_SUM128 \
+               "%128, %129, 1, 1, 1, %130, 0;"                                             \
+               : JBS_INOUT128(sum, 0)                                                      \
+               : "l"(a_descriptor), "l"(b_descriptor), "n"(kMNMajorA ? 1 : 0))
+
+template <typename T, bool kMNMajorA>
+__device__ __forceinline__ void MultiplyShared(float (&sum)[128], std::uint64_t a_descriptor,
+                                               std::uint64_t b_descriptor) {
+  if constexpr (std::is_same_v<T, __half>) {
+    JBS_MULTIPLY_SHARED("f16");
+  } else {
+    JBS_MULTIPLY_SHARED("bf16");
+  }
+}
+
+#undef JBS_MULTIPLY_SHARED
+#undef JBS_MULTIPLY_REGISTERS
+#undef JBS_INOUT128
+#undef JBS_INOUT64
+#undef JBS_INOUT16
+#undef JBS_INOUT4
+#undef JBS_SUM128
+#undef JBS_SUM64
+
+}  // namespace jax_blocksparse::sm90

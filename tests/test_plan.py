@@ -1,0 +1,136 @@
+"""Plans, read the way the kernels read them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_blocksparse.plan import CHUNK, PlanLayout, choose_capacity, full_capacity, make_plan
+
+SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
+CASES = [
+    (block, shape, tile)
+    for block in (8, 16, 32, 64, 128)
+    for shape in SHAPES
+    for tile in ((128, 256) if block < CHUNK else (128,))
+]
+
+
+def make_case(block, shape, tile, density, capacity=None, seed=0):
+    rng = np.random.default_rng(seed)
+    layout = PlanLayout(*shape, block, tile, capacity or choose_capacity(block, tile, density))
+    rows, cols = np.nonzero(rng.random(layout.grid) < density)
+    inert = [(-1, 0), (0, -3), (layout.grid[0], 0), (0, layout.grid[1]), (2**20, 2**20)]
+    rows, cols = np.concatenate([np.stack([rows, cols]), np.array(inert).T], axis=1)
+    shuffle = rng.permutation(rows.size)
+    return rows[shuffle].astype(np.int32), cols[shuffle].astype(np.int32), layout
+
+
+def read_packed(plan, layout):
+    """(block row, block column, id) of every block that some product takes, checking what the kernel relies on."""
+    b, width = layout.block_size, layout.slice_features
+    in_slice = width // b
+    found = []
+    for position, (tile, steps) in enumerate(plan.tiles):
+        for step in range(steps):
+            chunk, first, blocks, _ = plan.steps[position, step]
+            assert 1 <= blocks <= layout.capacity
+            seen = 0
+            for slice_ in range(layout.slices):
+                word = plan.masks[position, slice_, step]
+                assert word >> 20 == seen
+                for bit in range(16):
+                    if not word >> bit & 1:
+                        continue
+                    row = chunk * (CHUNK // b) + bit // in_slice
+                    depths = {k // 16 for k in range(row * b % CHUNK, row * b % CHUNK + b)}
+                    assert all(word >> (16 + depth) & 1 for depth in depths)
+                    col = (tile * layout.tile_features + slice_ * width) // b + bit % in_slice
+                    found.append((row, col, plan.order[first + seen]))
+                    seen += 1
+            assert seen == blocks
+            for group in range(layout.tile_features // 64):
+                words = plan.masks[position, group * 64 // width : (group + 1) * 64 // width, step]
+                assert len({word >> 16 & 15 for word in words}) == 1
+                if words[0] >> 16 & 15:
+                    assert any(word & 0xFFFF for word in words)
+    return found
+
+
+def read_by_id(plan, layout):
+    """(64-row, 64-column, id) of every piece that some product takes."""
+    return [
+        (chunk, tile * 2 + group, ids[group])
+        for position, (tile, steps) in enumerate(plan.tiles)
+        for chunk, *ids, _ in plan.steps[position, :steps]
+        for group in range(2)
+        if ids[group] >= 0
+    ]
+
+
+def expected(rows, cols, layout):
+    grid, pieces = layout.grid, max(1, layout.block_size // CHUNK)
+    return sorted(
+        (row * pieces + i, col * pieces + j, z)
+        for z, (row, col) in enumerate(zip(rows, cols, strict=True))
+        if 0 <= row < grid[0] and 0 <= col < grid[1]
+        for i in range(pieces)
+        for j in range(pieces)
+        if pieces == 1 or row * pieces + i < layout.chunks
+    )
+
+
+@pytest.mark.parametrize("density", [0.03, 0.4, 1.0])
+@pytest.mark.parametrize(("block", "shape", "tile"), CASES)
+def test_plan_names_every_block_once(block, shape, tile, density):
+    rows, cols, layout = make_case(block, shape, tile, density)
+    plan = make_plan(rows, cols, layout, np)
+    read = read_packed if layout.packs else read_by_id
+    assert sorted(read(plan, layout)) == expected(rows, cols, layout)
+
+
+@pytest.mark.parametrize(("block", "capacity"), [(8, 16), (8, 24), (16, 4), (16, 7), (32, 2), (32, 3)])
+def test_chunk_beyond_capacity_takes_several_steps(block, capacity):
+    rows, cols, layout = make_case(block, (328, 776), 256, 0.9, capacity)
+    plan = make_plan(rows, cols, layout, np)
+    assert plan.tiles[:, 1].max() > layout.chunks
+    assert sorted(read_packed(plan, layout)) == expected(rows, cols, layout)
+
+
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128])
+def test_numpy_and_jit_agree(block):
+    rows, cols, layout = make_case(block, (328, 776), 128, 0.3)
+    on_host = make_plan(rows, cols, layout, np)
+    traced = jax.jit(lambda r, c: make_plan(r, c, layout, jnp))(rows, cols)
+    for host, device in zip(on_host, traced, strict=True):
+        np.testing.assert_array_equal(host, device)
+        assert host.dtype == device.dtype == np.int32
+
+
+def test_order_is_a_permutation_with_inert_blocks_last():
+    rows, cols, layout = make_case(16, (200, 136), 128, 0.3)
+    plan = make_plan(rows, cols, layout, np)
+    np.testing.assert_array_equal(np.sort(plan.order), np.arange(rows.size))
+    live = rows.size - 5
+    assert ((rows[plan.order[:live]] >= 0) & (rows[plan.order[:live]] < layout.grid[0])).all()
+
+
+def test_tiles_with_most_work_come_first():
+    rows = np.array([0, 0, 1, 2, 0, 5], np.int32)
+    cols = np.array([0, 16, 16, 16, 32, 33], np.int32)
+    plan = make_plan(rows, cols, PlanLayout(512, 768, 16, 256, 16), np)
+    assert plan.tiles.tolist() == [[2, 2], [1, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("block", [8, 64])
+def test_pattern_without_blocks_has_tiles_without_steps(block):
+    layout = PlanLayout(256, 300, block, 128, 128)
+    plan = make_plan(np.zeros(0, np.int32), np.zeros(0, np.int32), layout, np)
+    assert plan.tiles.tolist() == [[0, 0], [1, 0], [2, 0]]
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("block", [8, 16, 32])
+def test_capacity_is_enough_for_a_full_slice_and_no_more_than_a_full_chunk(block, density):
+    capacity = choose_capacity(block, 256, density)
+    assert max(16, block) * CHUNK // block**2 <= capacity <= full_capacity(block, 256)
