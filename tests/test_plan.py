@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_blocksparse.plan import CHUNK, PlanLayout, choose_capacity, full_capacity, make_plan
+from jax_blocksparse.plan import CHUNK, PlanLayout, choose_capacity, choose_layout, full_capacity, make_plan
 
 SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
 CASES = [
@@ -134,3 +134,13 @@ def test_pattern_without_blocks_has_tiles_without_steps(block):
 def test_capacity_is_enough_for_a_full_slice_and_no_more_than_a_full_chunk(block, density):
     capacity = choose_capacity(block, 256, density)
     assert max(16, block) * CHUNK // block**2 <= capacity <= full_capacity(block, 256)
+
+
+@pytest.mark.parametrize("nnz", [0, 1, 400, 100_000])
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128])
+def test_chosen_layout_suits_the_kernels(block, nnz):
+    layout = choose_layout(328, 776, block, nnz)
+    assert layout.tile_features in ((128, 256) if layout.packs else (128,))
+    if layout.packs:
+        least = max(16, block) * CHUNK // block**2
+        assert least <= layout.capacity <= full_capacity(block, layout.tile_features)

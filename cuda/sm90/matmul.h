@@ -21,8 +21,8 @@ constexpr int SliceFeatures(int block) { return block < 16 ? 16 : block; }
 // A batch size of 1 shares an operand between all batch elements.
 struct MatmulParams {
   const void* x;  // (x_batch, tokens, in_features)
-  // (data_batch, nnz, block, block). Blocks of 8 to 32: in the plan's order, zero where they stick out of W. Blocks of
-  // 64 and 128: in any order; where they stick out of W they may hold anything.
+  // (data_batch, nnz, block, block). Blocks of 8 to 32: what LaunchPack has made of them. Blocks of 64 and 128: as they
+  // are, in any order; where they stick out of W they may hold anything.
   const void* data;
   const std::int32_t* tiles;  // (plan_batch, feature_tiles, 2): tile, its number of steps; most work first
   const std::int32_t* steps;  // (plan_batch, feature_tiles, max_steps, 4)
@@ -38,7 +38,7 @@ struct MatmulParams {
   std::int32_t max_steps;
   std::int32_t capacity;  // blocks of 8 to 32: the most blocks a step has
   ElementType type;       // of x and data: kBF16 or kF16
-  bool transpose;         // multiply with the blocks' transposes; blocks of 64 and 128 only
+  bool transpose;         // blocks of 64 and 128: multiply with their transposes
   bool f32_output;        // y is float, else it has the element type
 };
 

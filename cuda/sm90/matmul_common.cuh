@@ -14,9 +14,7 @@ namespace jax_blocksparse::sm90 {
 constexpr int kGroup = 64;               // features of a warpgroup's product, "M" of the instruction
 constexpr int kChunkBytes = kChunk * 2;  // a row of x in a stage
 constexpr int kMaxStages = 16;
-constexpr int kPieceBytes = 8192;  // of y, for one store: 64 tokens x 64 features of 16 bits, 32 x 64 of 32 bits
-constexpr int kWUnit = 2048;       // small blocks are copied in multiples of this many bytes
-constexpr int kWUnits = 16;
+constexpr int kPieceBytes = 8192;      // of y, for one store: 64 tokens x 64 features of 16 bits, 32 x 64 of 32 bits
 constexpr int kProducerThreads = 128;  // registers are handed over by whole warpgroups; one of the warps works
 // What is handed over comes out of what the CTA got at its launch: as many a thread as its size allows, in eights. With
 // more warpgroups the producer spills a little, so that the consumers can do without waiting for products.
@@ -32,12 +30,14 @@ static_assert(kChunkBytes == 128, "the swizzle, the descriptors and the tensor m
 struct KernelParams {
   CUtensorMap x;
   CUtensorMap y;
-  CUtensorMap w[kWUnits];  // small blocks: boxes of 1 to kWUnits units; large ones use the first only
+  CUtensorMap w;       // large blocks
+  const void* packed;  // small blocks
   const int2* tiles;
   const int4* steps;
   const std::uint32_t* masks;
   int batch, token_tiles, feature_tiles;
   int band;  // token tiles
+  std::int64_t nnz;
   int in_features;
   int max_steps;
   int capacity;

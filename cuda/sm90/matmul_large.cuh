@@ -101,9 +101,9 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
                 const int batch = p.w_shared ? 0 : tile.batch;
                 const std::uint32_t piece = to + L::kXBytes + group * L::kPieceOfW;
                 if constexpr (kCluster > 1) {
-                  LoadTensorMulticast(piece, &p.w[0], column, row, batch, ring.full(), (1 << kCluster) - 1);
+                  LoadTensorMulticast(piece, &p.w, column, row, batch, ring.full(), (1 << kCluster) - 1);
                 } else {
-                  LoadTensor(piece, &p.w[0], column, row, batch, ring.full());
+                  LoadTensor(piece, &p.w, column, row, batch, ring.full());
                 }
               }
             }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
       const int* step = reinterpret_cast<const int*>(p.steps + static_cast<std::int64_t>(tile.list) * p.max_steps + i);
       return i < p.max_steps && tile.steps >= 0 ? int2{__ldg(step), __ldg(step + 1 + group)} : int2{0, -1};
     };
-    const auto release = [&](std::uint32_t barrier) {
+    const auto arrive = [&](std::uint32_t barrier) {
       if constexpr (kCluster > 1) {
         if (lane < kCluster) ArriveAt(barrier, lane);
       } else {
@@ -138,6 +138,10 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
 #pragma unroll
       for (float& s : sum) s = 0.f;
       std::uint32_t held = 0;  // the barrier of the stage that products under way still read, if any
+      const auto release = [&] {
+        if (held != 0) arrive(held);
+        held = 0;
+      };
       int2 window = next;
       next = 32 < tile.steps ? load(tile, 32) : load(following, 0);
       for (int i = 0; i < tile.steps; ++i) {
@@ -148,20 +152,11 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
         const int chunk = __shfl_sync(kAllLanes, window.x, i % 32);
         const int id = __shfl_sync(kAllLanes, window.y, i % 32);
         const std::uint32_t stage = stages + ring.stage() * L::kStageBytes;
-        // The last step's products end here; the other warpgroup's keep the tensor cores busy meanwhile. A stage is not
-        // held while waiting for copies.
-        const auto finish = [&] {
-          WaitForProducts<0>();
-          if (held != 0) release(held);
-          held = 0;
-        };
         if (!ring.IsFull()) {
-          finish();
+          WaitForProducts<0>();  // a stage is not held while waiting for copies
+          release();
           ring.WaitFull();
         }
-        finish();
-        KeepRegisters(sum);
-        held = ring.empty();
         if (id >= 0) {
           const std::uint32_t piece = stage + L::kXBytes + group * L::kPieceOfW;
           if (const int depth = p.in_features - chunk * kChunk; depth < kChunk) {
@@ -177,12 +172,17 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
                                            x + k * kDepthStepKMajor);
           }
           CommitProducts();
+          WaitForProducts<1>();  // these run on, the last step's are over
+          release();
+          held = ring.empty();
+        } else {
+          arrive(ring.empty());
         }
         ring.Advance();
       }
       WaitForProducts<0>();
       KeepRegisters(sum);
-      if (held != 0) release(held);
+      release();
       writer.Write(sum, tile.feature + group * kGroup, tile.token + rank * L::kTokens, tile.batch);
       tile = following;
     }
@@ -206,7 +206,7 @@ cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
   constexpr CUtensorMapDataType kType =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const std::uint64_t rows = static_cast<std::uint64_t>(params.nnz) * kBlock;
-  error = EncodeTensorMap(&p.w[0],
+  error = EncodeTensorMap(&p.w,
                           {params.data, kType, 2, kBlock, rows, static_cast<std::uint64_t>(params.data_batch), kChunk});
   if (error != cudaSuccess) return error;
   const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;

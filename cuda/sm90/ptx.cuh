@@ -96,7 +96,16 @@ __device__ __forceinline__ void LoadTensor(std::uint32_t to, const CUtensorMap* 
       : "memory");
 }
 
-// The same into every CTA of the cluster that `ctas` has a bit for, at the same address, signalling each one's barrier.
+// Contiguous bytes, a multiple of 16 of them at multiples of 16.
+__device__ __forceinline__ void LoadBytes(std::uint32_t to, const void* from, std::uint32_t bytes,
+                                          std::uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// LoadTensor into every CTA of the cluster that `ctas` has a bit for, at the same address, signalling each one's
+// barrier.
 __device__ __forceinline__ void LoadTensorMulticast(std::uint32_t to, const CUtensorMap* from, int c0, int c1, int c2,
                                                     std::uint32_t barrier, std::uint16_t ctas) {
   asm volatile(
@@ -127,6 +136,24 @@ __device__ __forceinline__ void FenceForCopies() { asm volatile("fence.proxy.asy
 
 __device__ __forceinline__ void StoreShared4(std::uint32_t to, std::uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+// Zeros if the condition does not hold; then nothing is read.
+__device__ __forceinline__ std::uint32_t LoadShared4If(bool condition, std::uint32_t from) {
+  std::uint32_t value;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.shared.u32 %0, [%1];}"
+               : "=&r"(value)
+               : "r"(from), "r"(static_cast<std::uint32_t>(condition))
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ void LoadShared16If(bool condition, std::uint32_t (&values)[4], std::uint32_t from) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
+      "@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(values[0]), "=&r"(values[1]), "=&r"(values[2]), "=&r"(values[3])
+      : "r"(from), "r"(static_cast<std::uint32_t>(condition))
+      : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements, each stored transposed; lane l gives the address of row l%8 of matrix l/8.

@@ -106,6 +106,35 @@ def full_capacity(block_size: int, tile_features: int) -> int:
     return tile_features * CHUNK // block_size**2
 
 
+def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int) -> PlanLayout:
+    """Chooses a layout by what is static about a pattern.
+
+    Args:
+      in_features: features contracted over.
+      out_features: features of the result.
+      block_size: one of `jax_blocksparse.BLOCK_SIZES`.
+      nnz: number of blocks, inert ones included.
+
+    Example:
+      >>> choose_layout(4096, 4096, 32, nnz=1638)
+      PlanLayout(in_features=4096, out_features=4096, block_size=32, tile_features=256, capacity=7)
+    """
+    grid = -(-in_features // block_size) * -(-out_features // block_size)
+    density = min(1.0, nnz / max(1, grid))
+    if block_size >= CHUNK:
+        return PlanLayout(in_features, out_features, block_size, _LARGE_TILE, 0)
+    tile_features = _choose_tile(block_size, density)
+    return PlanLayout(
+        in_features, out_features, block_size, tile_features, choose_capacity(block_size, tile_features, density)
+    )
+
+
+def _choose_tile(block_size: int, density: float) -> int:
+    # A tile has as many sums either way. Copies bound sparse patterns, and a wide tile copies x less often; products
+    # bound dense ones, and over 256 tokens they are twice as long, so that fewer have to be issued.
+    return 256 if block_size == 32 and density < 0.4 else 128
+
+
 def choose_capacity(block_size: int, tile_features: int, density: float) -> int:
     """A capacity that few steps of a random pattern of this density exceed, and that shared memory is not wasted on."""
     full = full_capacity(block_size, tile_features)
