@@ -1,5 +1,17 @@
 // What the two matmul kernels share: the order of tiles, the ring of stages, looking ahead in the plan, writing y.
 #pragma once
+#ifndef ORDER
+#define ORDER 0
+#endif
+#ifndef PW
+#define PW 4
+#endif
+#ifndef PRE
+#define PRE 0
+#endif
+#ifndef PEEK
+#define PEEK 0
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -64,7 +76,7 @@ class TileList {
   __device__ Tile Load(int round) const {
     const std::int64_t per_batch = static_cast<std::int64_t>(p_.token_tiles) * p_.feature_tiles;
     const std::int64_t index =
-        static_cast<std::int64_t>(round) * workers_ + (round % 2 == 0 ? worker_ : workers_ - 1 - worker_);
+        static_cast<std::int64_t>(round) * workers_ + (ORDER == 1 || round % 2 == 0 ? worker_ : workers_ - 1 - worker_);
     Tile tile{0, 0, 0, 0, -1};
     if (index >= per_batch * p_.batch) return tile;
     tile.batch = static_cast<int>(index / per_batch);
@@ -72,8 +84,13 @@ class TileList {
     const int first = rest / (p_.band * p_.feature_tiles) * p_.band;
     const int height = min(p_.band, p_.token_tiles - first);
     rest -= first * p_.feature_tiles;
+#if ORDER == 1
+    tile.token = (first + rest / p_.feature_tiles) * kTokens;
+    tile.list = (p_.plan_shared ? 0 : tile.batch * p_.feature_tiles) + rest % p_.feature_tiles;
+#else
     tile.token = (first + rest % height) * kTokens;
     tile.list = (p_.plan_shared ? 0 : tile.batch * p_.feature_tiles) + rest / height;
+#endif
     const int2 entry = __ldg(p_.tiles + tile.list);
     tile.feature = max(0, min(entry.x, p_.feature_tiles - 1)) * kFeatures;
     tile.steps = max(0, min(entry.y, p_.max_steps));
@@ -84,6 +101,12 @@ class TileList {
   const KernelParams& p_;
   int worker_, workers_;
 };
+
+// Keeps the compiler from computing a value anew at each use.
+__device__ __forceinline__ std::uint32_t Opaque(std::uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // Stages in shared memory that a producer fills and consumers empty, in turns.
 class Ring {
@@ -104,11 +127,8 @@ class Ring {
   __device__ bool IsFull() const { return __all_sync(kAllLanes, TestBarrier(full(), phase_)); }
   __device__ void WaitFull() const { WaitBarrier(full(), phase_); }
   __device__ void WaitEmpty() const { WaitBarrier(empty(), phase_ ^ 1); }
-  __device__ void Advance() {
-    if (++stage_ == stages_) {
-      stage_ = 0;
-      phase_ ^= 1;
-    }
+  __device__ void Advance(int count = 1) {
+    for (stage_ += count; stage_ >= stages_; stage_ -= stages_) phase_ ^= 1;
   }
 
  private:

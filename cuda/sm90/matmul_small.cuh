@@ -15,6 +15,8 @@
 
 namespace jax_blocksparse::sm90 {
 
+constexpr int kProducers = PW;
+
 template <int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups, int kStepUnits>
 struct SmallTile {
   static constexpr int kTokens = kTileTokens;
@@ -92,8 +94,8 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
   __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
 
   const int stage_bytes = S::StageBytes(p.capacity);
-  const std::uint32_t stages = (SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1);
-  const std::uint32_t barriers = SharedAddress(barrier_storage);
+  const std::uint32_t stages = Opaque((SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1));
+  const std::uint32_t barriers = Opaque(SharedAddress(barrier_storage));
   const std::uint32_t output = stages + p.stages * stage_bytes;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
@@ -105,43 +107,52 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
 
   if (warp >= S::kWarpgroups * 4) {
     ShrinkRegisters<ProducerRegisters(S::kWarpgroups)>();
-    if (warp == S::kWarpgroups * 4) {
-      const auto load = [&](const Tile& tile, int first) {
-        const int i = first + lane;
-        return i < p.max_steps && tile.steps >= 0
-                   ? __ldg(p.steps + static_cast<std::int64_t>(tile.list) * p.max_steps + i)
-                   : int4{};
+    const int producer = warp - S::kWarpgroups * 4;
+    if (producer < kProducers) {
+      // Each lane has a step of its warp, every kProducers-th of a tile's, `skipped` steps after the first.
+      struct Step {
+        int chunk, position, bytes;
       };
+      const auto load = [&](const Tile& tile, int first, int skipped) {
+        const int i = first + skipped + lane * kProducers;
+        const bool is_there = i < p.max_steps && tile.steps >= 0;
+        return is_there ? __ldg(p.steps + static_cast<std::int64_t>(tile.list) * p.max_steps + i) : int4{};
+      };
+      constexpr int kWindow = 32 * kProducers;
+      int skipped = producer;
       Tile tile = tiles.Load(0);
-      int4 next = load(tile, 0);
+      int4 next = load(tile, 0, skipped);
+      ring.Advance(producer);
       for (int round = 1; tile.steps >= 0; ++round) {
         const Tile following = tiles.Load(round);
+        const int next_skipped = ((skipped - tile.steps) % kProducers + kProducers) % kProducers;
         const auto* blocks_of_batch =
             static_cast<const unsigned char*>(p.packed) + (p.w_shared ? 0 : tile.batch) * p.nnz * S::kBlockBytes;
-        for (int first = 0; first == 0 || first < tile.steps; first += 32) {
-          const int4 window = next;
-          next = first + 32 < tile.steps ? load(tile, first + 32) : load(following, 0);
-          const int count = min(32, tile.steps - first);
-          for (int i = 0; i < count; ++i) {
-            const int chunk = __shfl_sync(kAllLanes, window.x, i);
-            const int position = __shfl_sync(kAllLanes, window.y, i);
-            const int blocks = __shfl_sync(kAllLanes, window.z, i);
+        const int x_batch = p.x_shared ? 0 : tile.batch;
+        for (int first = 0; first == 0 || first < tile.steps; first += kWindow) {
+          // Wherever the plan says, what is read is in the array and fits into the stage.
+          const int depth = next.x * kChunk;
+          const int position = max(0, min(next.y, static_cast<int>(p.nnz)));
+          const int bytes = max(0, min(min(next.z, p.capacity), static_cast<int>(p.nnz) - position)) * S::kBlockBytes;
+          next = first + kWindow < tile.steps ? load(tile, first + kWindow, skipped) : load(following, 0, next_skipped);
+          for (int i = 0; first + skipped + i * kProducers < min(tile.steps, first + kWindow); ++i) {
+            const int c = __shfl_sync(kAllLanes, depth, i);
+            const int from = __shfl_sync(kAllLanes, position, i);
+            const int size = __shfl_sync(kAllLanes, bytes, i);
             if (lane == 0) {
               const std::uint32_t to = stages + ring.stage() * stage_bytes;
-              // Wherever the plan says, what is read is in the array and fits into the stage.
-              const int from = max(0, min(position, static_cast<int>(p.nnz)));
-              const int bytes = max(0, min(min(blocks, p.capacity), static_cast<int>(p.nnz) - from)) * S::kBlockBytes;
               ring.WaitEmpty();
-              ArriveExpecting(ring.full(), S::kXBytes + bytes);
-              LoadTensor(to, &p.x, chunk * kChunk, tile.token, p.x_shared ? 0 : tile.batch, ring.full());
-              if (bytes > 0) {
-                LoadBytes(to + S::kXBytes, blocks_of_batch + static_cast<std::int64_t>(from) * S::kBlockBytes, bytes,
+              ArriveExpecting(ring.full(), S::kXBytes + size);
+              LoadTensor(to, &p.x, c, tile.token, x_batch, ring.full());
+              if (size > 0) {
+                LoadBytes(to + S::kXBytes, blocks_of_batch + static_cast<std::int64_t>(from) * S::kBlockBytes, size,
                           ring.full());
               }
             }
-            ring.Advance();
+            ring.Advance(kProducers);
           }
         }
+        skipped = next_skipped;
         tile = following;
       }
     }
@@ -226,6 +237,11 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
             }
           }
         }
+        if (PRE) {
+          WaitForProducts<0>();
+          KeepRegisters(sum);
+          release();
+        }
         KeepRegisters(a);
         const std::uint64_t tokens = OperandDescriptor(x + first_token * kChunkBytes);
         int issued = 0;
@@ -243,7 +259,8 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
             ++issued;
           }
         }
-        if (issued >= 4) {
+        if (PRE) {
+        } else if (issued >= 4) {
           WaitForProducts<4>();
         } else if (issued >= 2) {
           WaitForProducts<2>();
@@ -252,7 +269,7 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
         } else {
           WaitForProducts<0>();
         }
-        if (unit == 0) release();
+        if (!PRE && unit == 0) release();
         if (unit == S::kUnits - 1) {
           held = ring.empty();
           ring.Advance();
