@@ -1,4 +1,4 @@
-// The XLA custom calls: choose a kernel for the product and launch it.
+// The XLA custom calls: check the operands and run the product.
 #include "handlers.h"
 
 #include <cuda_runtime_api.h>
@@ -7,46 +7,13 @@
 #include <string>
 
 #include "decode.h"
-#include "kernels.h"
+#include "dispatch.h"
 
 namespace jax_blocksparse {
 namespace {
 
 namespace ffi = ::xla::ffi;
 using Stream = ffi::PlatformStream<cudaStream_t>;
-
-bool UsesTensorCores(ElementType type, int block) { return type != ElementType::kF32 && block >= 16; }
-
-// Large tiles reuse more, but only if there are enough of them for every SM.
-TileSize ChooseTileSize(std::int64_t large_ctas, int sm_count) {
-  return large_ctas < sm_count ? TileSize::kSmall : TileSize::kLarge;
-}
-
-cudaError_t SmCount(int* count) {
-  int device;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-}
-
-cudaError_t ChooseAndLaunch(const MatmulParams& params, cudaStream_t stream) {
-  if (!UsesTensorCores(params.type, params.block)) return LaunchMatmulSimt(params, stream);
-  int sm_count;
-  if (const cudaError_t error = SmCount(&sm_count); error != cudaSuccess) return error;
-  // Half of a large tile would be empty up to 64 tokens.
-  const TileSize size =
-      params.tokens <= 64 ? TileSize::kSmall : ChooseTileSize(MatmulMmaCtas(params, TileSize::kLarge), sm_count);
-  return params.type == ElementType::kBF16 ? LaunchMatmulMmaBF16(params, size, stream)
-                                           : LaunchMatmulMmaF16(params, size, stream);
-}
-
-cudaError_t ChooseAndLaunch(const SddmmParams& params, cudaStream_t stream) {
-  if (!UsesTensorCores(params.type, params.block)) return LaunchSddmmSimt(params, stream);
-  int sm_count;
-  if (const cudaError_t error = SmCount(&sm_count); error != cudaSuccess) return error;
-  const TileSize size = ChooseTileSize(SddmmMmaCtas(params, TileSize::kLarge), sm_count);
-  return params.type == ElementType::kBF16 ? LaunchSddmmMmaBF16(params, size, stream)
-                                           : LaunchSddmmMmaF16(params, size, stream);
-}
 
 // What every kernel here asks of a product beyond what decoding has checked.
 ffi::Error CheckSupported(const char* target, ElementType type, const void* data) {
@@ -66,14 +33,47 @@ ffi::Error LaunchResult(const char* target, cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? ffi::Error::InvalidArgument(message) : ffi::Error::Internal(message);
 }
 
-ffi::Error Matmul(cudaStream_t stream, bool transpose, ffi::AnyBuffer x, ffi::AnyBuffer data, Indices ptr,
-                  Indices order, Indices inner, ffi::Result<ffi::AnyBuffer> y) {
+// Adds what the Hopper kernels need to a product whose own operands are known to fit.
+ffi::ErrorOr<MatmulPlan> DecodePlan(const char* target, const MatmulParams& params, const Indices& plan,
+                                    ffi::AnyBuffer& workspace, std::int32_t tile_features, std::int32_t capacity) {
+  const auto error = [&](const char* what) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(std::string(target) + ": " + what));
+  };
+  MatmulPlan decoded;
+  if ((tile_features != 128 && tile_features != 256) || capacity < 1) {
+    return error("tile_features must be 128 or 256 and capacity positive");
+  }
+  decoded.plan = plan.typed_data();
+  decoded.batch = plan.dimensions()[0];
+  decoded.tile_features = tile_features;
+  decoded.capacity = capacity;
+  decoded.layout = PlanLayoutOf(params, tile_features, capacity);
+  if ((decoded.batch != 1 && decoded.batch != params.batch) || plan.dimensions()[1] != decoded.layout.size) {
+    return error("plan has another shape than pattern, tile_features and capacity imply");
+  }
+  const bool data_is_shared = params.data_batch_stride == 0 && decoded.batch == 1;
+  const std::int64_t wanted =
+      (data_is_shared ? 1 : params.batch) * params.nnz * params.block * params.block * (Is16Bit(params.type) ? 2 : 4);
+  if (workspace.size_bytes() != 0) {
+    if (static_cast<std::int64_t>(workspace.size_bytes()) != wanted) return error("workspace must be as large as data");
+    decoded.workspace = workspace.untyped_data();
+  }
+  // Without room to pack, small blocks are left to the kernels that take them in any order.
+  if (params.block < kPlanChunk && decoded.workspace == nullptr) decoded.plan = nullptr;
+  return decoded;
+}
+
+ffi::Error Matmul(cudaStream_t stream, bool transpose, std::int32_t tile_features, std::int32_t capacity,
+                  ffi::AnyBuffer x, ffi::AnyBuffer data, Indices ptr, Indices order, Indices inner, Indices plan,
+                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> workspace) {
   constexpr char kTarget[] = "jax_blocksparse.matmul";
   const auto params = DecodeMatmul(x, data, ptr, order, inner, *y, transpose);
   if (params.has_error()) return params.error();
   if (y->element_count() == 0) return ffi::Error::Success();
   if (const ffi::Error error = CheckSupported(kTarget, params->type, params->data); error.failure()) return error;
-  return LaunchResult(kTarget, ChooseAndLaunch(*params, stream));
+  const auto decoded = DecodePlan(kTarget, *params, plan, *workspace, tile_features, capacity);
+  if (decoded.has_error()) return decoded.error();
+  return LaunchResult(kTarget, Run(*params, *decoded, stream));
 }
 
 ffi::Error Sddmm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer dy, Indices rows, Indices cols,
@@ -83,7 +83,7 @@ ffi::Error Sddmm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer dy, Indic
   if (params.has_error()) return params.error();
   if (data->element_count() == 0) return ffi::Error::Success();
   if (const ffi::Error error = CheckSupported(kTarget, params->type, params->data); error.failure()) return error;
-  return LaunchResult(kTarget, ChooseAndLaunch(*params, stream));
+  return LaunchResult(kTarget, Run(*params, stream));
 }
 
 }  // namespace
@@ -92,12 +92,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseMatmulCuda, Matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
                                   .Attr<bool>("transpose")
+                                  .Attr<std::int32_t>("tile_features")
+                                  .Attr<std::int32_t>("capacity")
                                   .Arg<ffi::AnyBuffer>()   // x
                                   .Arg<ffi::AnyBuffer>()   // data
                                   .Arg<Indices>()          // ptr
                                   .Arg<Indices>()          // order
                                   .Arg<Indices>()          // inner
-                                  .Ret<ffi::AnyBuffer>(),  // y
+                                  .Arg<Indices>()          // plan
+                                  .Ret<ffi::AnyBuffer>()   // y
+                                  .Ret<ffi::AnyBuffer>(),  // workspace
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseSddmmCuda, Sddmm,

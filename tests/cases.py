@@ -64,8 +64,23 @@ BLOCKS = tuple(
     Case(f"block_{b}", (4 * b - 3, 3 * b - 5), b, rows=(3, 4, 0, 3, 0, 1), cols=(2, 3, 0, 0, 2, 2)) for b in BLOCK_SIZES
 )
 
+# Several tiles of every GPU kernel, the last ones cut off, in sizes that tensor copies accept.
+TILES = tuple(
+    _cut(
+        f"tiles_{b}",
+        (-(-328 // b), -(-392 // b)),
+        b,
+        density=0.3,
+        ragged=(-328 % b, -392 % b),
+        inert=3,
+        leading=(3, 100),
+    )
+    for b in BLOCK_SIZES
+)
+
 CASES = (
     *BLOCKS,
+    *TILES,
     _cut("full", (3, 5), 16, density=1.0),
     _cut("full_ragged", (2, 3), 32, density=1.0, ragged=(1, 31)),
     _cut("one_block", (5, 4), 16, density=1 / 20),
@@ -86,9 +101,10 @@ CASES = (
 # which takes long to compile, all are one.
 PRODUCTS = (
     *(("native", dtype, case) for case in BLOCKS for dtype in DTYPES),
-    *(("native", dtype, case) for case in CASES if case not in BLOCKS for dtype in ("float32", "bfloat16")),
+    *(("native", dtype, case) for case in TILES for dtype in ("bfloat16", "float16")),
+    *(("native", dtype, case) for case in CASES if case not in BLOCKS + TILES for dtype in ("float32", "bfloat16")),
     *(("xla", dtype, BLOCKS[1]) for dtype in DTYPES),
-    *(("xla", "float32", case) for case in CASES if case not in BLOCKS),
+    *(("xla", "float32", case) for case in CASES if case not in BLOCKS + TILES),
 )
 
 

@@ -1,5 +1,6 @@
 """What XLA is given to compile: our custom calls where there are native kernels, and never a dense matrix."""
 
+import functools
 import math
 import re
 
@@ -110,9 +111,8 @@ def test_train_step_has_one_call_for_each_product(device):
 def test_no_dense_matrix_in_memory(implementation, device):
     """Forward and backward of a matrix that would take 1 GiB if it were dense."""
     size, b, nnz, tokens = 16384, 32, 512, 8
-    blocks = size // b
-    leaves = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (nnz, nnz, blocks + 1, nnz, blocks + 1, nnz)]
-    pattern = jbs.BlockPattern(*leaves, shape=(size, size), block_size=b)
+    make = functools.partial(jbs.BlockPattern.from_coordinates, shape=(size, size), block_size=b)
+    pattern = jax.eval_shape(make, *[jax.ShapeDtypeStruct((nnz,), jnp.int32)] * 2)
     w = jbs.BlockSparseMatrix(jax.ShapeDtypeStruct((nnz, b, b), jnp.float32), pattern)
     compiled = compiled_step(implementation, jax.ShapeDtypeStruct((tokens, size), jnp.float32), [w, w])
     shapes = re.findall(r"\w\[([\d,]+)\]", compiled.as_text())

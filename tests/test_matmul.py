@@ -42,7 +42,7 @@ def test_equals_the_dense_product(implementation, dtype, case, transposed, devic
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", cases.BLOCKS, ids=str)
+@pytest.mark.parametrize("case", cases.BLOCKS + cases.TILES, ids=str)
 def test_16_bit_inputs_can_give_float32(dtype, case, transposed, device):
     x, w = (case.dy(dtype), case.w(dtype).T) if transposed else (case.x(dtype), case.w(dtype))
     check(x, w, preferred_element_type="float32", implementation="native")
@@ -109,10 +109,10 @@ def product_with_scipy(x, bsr, features):
     return (padded @ bsr)[:, :features].reshape(*x.shape[:-1], features)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "block_size"), [("float32", 16), ("bfloat16", 16), ("bfloat16", 64)])
 @pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
-def test_is_the_same_to_the_bit_every_time(implementation, dtype, transposed, device):
-    w = cases.random_w((512, 640), 16, density=0.3, dtype=dtype)
+def test_is_the_same_to_the_bit_every_time(implementation, dtype, block_size, transposed, device):
+    w = cases.random_w((512, 640), block_size, density=0.3, dtype=dtype)
     w = w.T if transposed else w
     x = cases.normal((515, w.shape[0]), dtype, seed=4)
 
@@ -129,7 +129,7 @@ def test_is_the_same_to_the_bit_every_time(implementation, dtype, transposed, de
     ("dtype", "case"),
     [
         *(("float32", case) for case in cases.CASES if 0 not in case.leading),
-        *(("bfloat16", case) for case in cases.BLOCKS),
+        *(("bfloat16", case) for case in cases.BLOCKS + cases.TILES),
     ],
     ids=str,
 )

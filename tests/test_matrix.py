@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_blocksparse import BlockPattern, BlockSparseMatrix, patterns
+from jax_blocksparse.pattern import INDEX_NAMES
 
 SHAPES = [(32, 48), (30, 41), (16, 16), (5, 3), (33, 16)]
 
@@ -470,7 +471,7 @@ class TestPytree:
         leaves = jax.tree.leaves_with_path(matrix())
         floats = [jax.tree_util.keystr(path) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
         assert floats == [".data"]
-        assert len(leaves) == 7
+        assert len(leaves) == 1 + len(INDEX_NAMES)
 
     def test_through_jit(self):
         w = matrix().T

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_blocksparse import BLOCK_SIZES, BlockPattern
+from jax_blocksparse.plan import choose_layout, make_flat_plan
 
 DERIVED = ("col_ptr", "col_order", "row_ptr", "row_order")
 
@@ -31,6 +32,12 @@ def assert_valid(pattern):
         leaf = getattr(pattern, name)
         assert leaf.dtype == jnp.int32
         np.testing.assert_array_equal(leaf, np.array(wanted, np.int32), err_msg=name)
+    for plan, shape, inner, outer in (
+        (pattern.y_plan, pattern.shape, rows, cols),
+        (pattern.dx_plan, pattern.shape[::-1], cols, rows),
+    ):
+        layout = choose_layout(*shape, pattern.block_size, pattern.nnz)
+        np.testing.assert_array_equal(plan, make_flat_plan(inner, outer, layout, np))
     for index in pattern.indices:
         assert isinstance(index, jax.Array)
         assert index.dtype == jnp.int32
@@ -101,7 +108,7 @@ def test_a_small_pattern_in_full():
     assert pattern.grid == (2, 3)
     assert pattern.nnz == 4
     assert pattern.density == 4 / 6
-    assert [index.tolist() for index in pattern.indices] == [
+    assert [index.tolist() for index in pattern.indices[:6]] == [
         [1, 0, 2, 1],
         [2, 0, 9, 0],
         [0, 2, 2, 3],
@@ -160,10 +167,10 @@ def test_any_integer_dtype(dtype):
 def test_pytree_round_trip():
     pattern = BlockPattern.from_coordinates([1, 0], [2, 0], shape=(30, 48), block_size=16)
     leaves, treedef = jax.tree.flatten(pattern)
-    assert len(leaves) == 6
+    assert len(leaves) == 8
     assert_same(jax.tree.unflatten(treedef, leaves), pattern)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(pattern)]
-    assert paths == [".rows", ".cols", ".col_ptr", ".col_order", ".row_ptr", ".row_order"]
+    assert paths == [".rows", ".cols", ".col_ptr", ".col_order", ".row_ptr", ".row_order", ".y_plan", ".dx_plan"]
     # Shape and block size are part of the tree's structure: programs compiled for one are not run for another.
     other = BlockPattern.from_coordinates([1, 0], [2, 0], shape=(31, 48), block_size=16)
     assert jax.tree.structure(other) != treedef
@@ -183,7 +190,7 @@ def test_repr():
     assert repr(pattern) == "BlockPattern(30x48, block_size=16, nnz=2, density=0.333)"
     assert repr(jax.eval_shape(lambda: pattern)) == repr(pattern)
     shapes = repr(jax.tree.map(jnp.shape, pattern))
-    assert shapes == "BlockPattern(30x48, block_size=16, indices=((2,), (2,), (4,), (2,), (3,), (2,)))"
+    assert shapes == "BlockPattern(30x48, block_size=16, indices=((2,), (2,), (4,), (2,), (3,), (2,), (28,), (28,)))"
     seen = []
     jax.jit(lambda p: seen.append(repr(p)))(pattern)
     assert seen == [repr(pattern)]

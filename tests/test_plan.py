@@ -18,11 +18,12 @@ CASES = [
 
 def make_case(block, shape, tile, density, capacity=None, seed=0):
     rng = np.random.default_rng(seed)
-    layout = PlanLayout(*shape, block, tile, capacity or choose_capacity(block, tile, density))
-    rows, cols = np.nonzero(rng.random(layout.grid) < density)
-    inert = [(-1, 0), (0, -3), (layout.grid[0], 0), (0, layout.grid[1]), (2**20, 2**20)]
+    grid = -(-shape[0] // block), -(-shape[1] // block)
+    rows, cols = np.nonzero(rng.random(grid) < density)
+    inert = [(-1, 0), (0, -3), (grid[0], 0), (0, grid[1]), (2**20, 2**20)]
     rows, cols = np.concatenate([np.stack([rows, cols]), np.array(inert).T], axis=1)
     shuffle = rng.permutation(rows.size)
+    layout = PlanLayout(*shape, block, rows.size, tile, capacity or choose_capacity(block, tile, density))
     return rows[shuffle].astype(np.int32), cols[shuffle].astype(np.int32), layout
 
 
@@ -31,13 +32,13 @@ def read_packed(plan, layout):
     b, width = layout.block_size, layout.slice_features
     in_slice = width // b
     found = []
-    for position, (tile, steps) in enumerate(plan.tiles):
-        for step in range(steps):
-            chunk, first, blocks, _ = plan.steps[position, step]
+    for tile, first_step, steps, _ in plan.tiles:
+        for step in range(first_step, first_step + steps):
+            chunk, first, blocks, _ = plan.steps[step]
             assert 1 <= blocks <= layout.capacity
             seen = 0
             for slice_ in range(layout.slices):
-                word = plan.masks[position, slice_, step]
+                word = plan.masks[slice_, step]
                 assert word >> 20 == seen
                 for bit in range(16):
                     if not word >> bit & 1:
@@ -50,7 +51,7 @@ def read_packed(plan, layout):
                     seen += 1
             assert seen == blocks
             for group in range(layout.tile_features // 64):
-                words = plan.masks[position, group * 64 // width : (group + 1) * 64 // width, step]
+                words = plan.masks[group * 64 // width : (group + 1) * 64 // width, step]
                 assert len({word >> 16 & 15 for word in words}) == 1
                 if words[0] >> 16 & 15:
                     assert any(word & 0xFFFF for word in words)
@@ -61,8 +62,8 @@ def read_by_id(plan, layout):
     """(64-row, 64-column, id) of every piece that some product takes."""
     return [
         (chunk, tile * 2 + group, ids[group])
-        for position, (tile, steps) in enumerate(plan.tiles)
-        for chunk, *ids, _ in plan.steps[position, :steps]
+        for tile, first, steps, _ in plan.tiles
+        for chunk, *ids, _ in plan.steps[first : first + steps]
         for group in range(2)
         if ids[group] >= 0
     ]
@@ -93,7 +94,7 @@ def test_plan_names_every_block_once(block, shape, tile, density):
 def test_chunk_beyond_capacity_takes_several_steps(block, capacity):
     rows, cols, layout = make_case(block, (328, 776), 256, 0.9, capacity)
     plan = make_plan(rows, cols, layout, np)
-    assert plan.tiles[:, 1].max() > layout.chunks
+    assert plan.tiles[:, 2].max() > layout.chunks
     assert sorted(read_packed(plan, layout)) == expected(rows, cols, layout)
 
 
@@ -118,15 +119,15 @@ def test_order_is_a_permutation_with_inert_blocks_last():
 def test_tiles_with_most_work_come_first():
     rows = np.array([0, 0, 1, 2, 0, 5], np.int32)
     cols = np.array([0, 16, 16, 16, 32, 33], np.int32)
-    plan = make_plan(rows, cols, PlanLayout(512, 768, 16, 256, 16), np)
-    assert plan.tiles.tolist() == [[2, 2], [1, 1], [0, 1]]
+    plan = make_plan(rows, cols, PlanLayout(512, 768, 16, 6, 256, 16), np)
+    assert plan.tiles.tolist() == [[2, 2, 2, 0], [1, 1, 1, 0], [0, 0, 1, 0]]
 
 
 @pytest.mark.parametrize("block", [8, 64])
 def test_pattern_without_blocks_has_tiles_without_steps(block):
-    layout = PlanLayout(256, 300, block, 128, 128)
+    layout = PlanLayout(256, 300, block, 0, 128, 128)
     plan = make_plan(np.zeros(0, np.int32), np.zeros(0, np.int32), layout, np)
-    assert plan.tiles.tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert plan.tiles.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])
@@ -136,11 +137,13 @@ def test_capacity_is_enough_for_a_full_slice_and_no_more_than_a_full_chunk(block
     assert max(16, block) * CHUNK // block**2 <= capacity <= full_capacity(block, 256)
 
 
-@pytest.mark.parametrize("nnz", [0, 1, 400, 100_000])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block", [8, 16, 32, 64, 128])
-def test_chosen_layout_suits_the_kernels(block, nnz):
-    layout = choose_layout(328, 776, block, nnz)
-    assert layout.tile_features in ((128, 256) if layout.packs else (128,))
-    if layout.packs:
-        least = max(16, block) * CHUNK // block**2
-        assert least <= layout.capacity <= full_capacity(block, layout.tile_features)
+def test_chosen_layout_has_room_for_every_step(block, shape):
+    """Blocks of one chunk each, and chunks filled to the brim: the two ways to get many steps."""
+    grid = -(-shape[0] // block), -(-shape[1] // block)
+    for rows, cols in (np.nonzero(np.ones(grid)), (np.arange(grid[0]), np.zeros(grid[0], int))):
+        layout = choose_layout(*shape, block, rows.size)
+        plan = make_plan(rows.astype(np.int32), cols.astype(np.int32), layout, np)
+        read = read_packed if layout.packs else read_by_id
+        assert sorted(read(plan, layout)) == expected(rows, cols, layout)

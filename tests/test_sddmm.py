@@ -31,7 +31,7 @@ def test_equals_the_dense_product(implementation, dtype, case, device):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", cases.BLOCKS, ids=str)
+@pytest.mark.parametrize("case", cases.BLOCKS + cases.TILES, ids=str)
 def test_16_bit_inputs_can_give_float32(dtype, case, device):
     x, dy = case.x(dtype), case.dy(dtype)
     check(x, dy, case.pattern, preferred_element_type="float32", implementation="native")
@@ -93,7 +93,7 @@ def test_is_the_same_to_the_bit_every_time(implementation, dtype, device):
     ("dtype", "case"),
     [
         *(("float32", case) for case in cases.CASES if case.rows),
-        *(("bfloat16", case) for case in cases.BLOCKS),
+        *(("bfloat16", case) for case in cases.BLOCKS + cases.TILES),
     ],
     ids=str,
 )

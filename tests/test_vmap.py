@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jax_blocksparse as jbs
+from jax_blocksparse.pattern import INDEX_NAMES
 from jax_blocksparse.primitives import matmul_p, sddmm_p
 
 OUTER, INNER = 2, 3
@@ -127,7 +128,7 @@ def test_shared_operands_of_a_batched_product_are_not_copied(kind, which):
     (call,) = cases.equations(jax.make_jaxpr(jax.vmap(product(kind), axes))(*args).jaxpr, matmul_p, sddmm_p)
     sizes = [operand.aval.shape[0] for operand in call.invars]
     first, second, pattern = (INNER if here else 1 for here in which)
-    assert sizes == [first, second, *[pattern] * 6]
+    assert sizes == [first, second, *[pattern] * len(INDEX_NAMES)]
 
 
 def test_pattern_of_which_one_leaf_is_batched(device):

@@ -8,8 +8,8 @@ namespace jax_blocksparse::sm90 {
 
 template <typename T, int kBlock>
 cudaError_t LaunchSmallTile(const MatmulParams& params, cudaStream_t stream) {
-  return params.tile_features == 256 ? LaunchSmall<T, kBlock, 128, 256, 2, 1>(params, stream)
-                                     : LaunchSmall<T, kBlock, 256, 128, 2, 1>(params, stream);
+  return params.tile_features == 256 ? LaunchSmall<T, kBlock, 128, 256, 2>(params, stream)
+                                     : LaunchSmall<T, kBlock, 256, 128, 2>(params, stream);
 }
 
 template <typename T, int kBlock>

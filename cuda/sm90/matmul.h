@@ -24,29 +24,30 @@ struct MatmulParams {
   // (data_batch, nnz, block, block). Blocks of 8 to 32: what LaunchPack has made of them. Blocks of 64 and 128: as they
   // are, in any order; where they stick out of W they may hold anything.
   const void* data;
-  const std::int32_t* tiles;  // (plan_batch, feature_tiles, 2): tile, its number of steps; most work first
-  const std::int32_t* steps;  // (plan_batch, feature_tiles, max_steps, 4)
-  const std::int32_t* masks;  // (plan_batch, feature_tiles, slices, max_steps); blocks of 8 to 32 only
+  const std::int32_t* tiles;  // (feature_tiles, 4): tile, its first step, its number of steps, 0; most work first
+  const std::int32_t* steps;  // (max_steps, 4)
+  const std::int32_t* masks;  // (slices, max_steps); blocks of 8 to 32 only
   void* y;                    // (batch, tokens, out_features)
-  std::int64_t batch, x_batch, data_batch, plan_batch;
+  std::int64_t batch, x_batch, data_batch;
+  std::int64_t plan_batch_stride;  // of tiles, steps and masks, in integers; a multiple of 4, 0 if one plan serves all
   std::int64_t tokens;
   std::int32_t in_features;
   std::int32_t out_features;
   std::int32_t nnz;
   std::int32_t block;
   std::int32_t tile_features;  // 128 or 256; 128 for blocks of 64 and 128
-  std::int32_t max_steps;
-  std::int32_t capacity;  // blocks of 8 to 32: the most blocks a step has
-  ElementType type;       // of x and data: kBF16 or kF16
-  bool transpose;         // blocks of 64 and 128: multiply with their transposes
-  bool f32_output;        // y is float, else it has the element type
+  std::int32_t max_steps;      // of all tiles together
+  std::int32_t capacity;       // blocks of 8 to 32: the most blocks a step has
+  ElementType type;            // of x and data: kBF16 or kF16
+  bool transpose;              // blocks of 64 and 128: multiply with their transposes
+  bool f32_output;             // y is float, else it has the element type
 };
 
 // Whether the kernels take these operands: tensor copies want rows at multiples of 16 bytes.
 inline bool CanLaunchMatmul(const MatmulParams& p) {
   const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
-  return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.steps) && p.in_features % 8 == 0 &&
-         p.out_features % (p.f32_output ? 4 : 8) == 0;
+  return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.tiles) && is_aligned(p.steps) &&
+         p.in_features % 8 == 0 && p.out_features % (p.f32_output ? 4 : 8) == 0;
 }
 
 cudaError_t LaunchMatmulBF16(const MatmulParams& params, cudaStream_t stream);

@@ -1,17 +1,5 @@
 // What the two matmul kernels share: the order of tiles, the ring of stages, looking ahead in the plan, writing y.
 #pragma once
-#ifndef ORDER
-#define ORDER 0
-#endif
-#ifndef PW
-#define PW 4
-#endif
-#ifndef PRE
-#define PRE 0
-#endif
-#ifndef PEEK
-#define PEEK 0
-#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -44,30 +32,36 @@ struct KernelParams {
   CUtensorMap y;
   CUtensorMap w;       // large blocks
   const void* packed;  // small blocks
-  const int2* tiles;
-  const int4* steps;
-  const std::uint32_t* masks;
+  const std::int32_t* tiles;
+  const std::int32_t* steps;
+  const std::int32_t* masks;
+  std::int64_t plan_batch_stride;
   int batch, token_tiles, feature_tiles;
-  int band;  // token tiles
-  std::int64_t nnz;
+  int band;  // feature tiles
   int in_features;
+  int nnz;
   int max_steps;
   int capacity;
   int stages;
-  bool x_shared, w_shared, plan_shared;
+  bool x_shared, w_shared;
   bool f32_output;
 };
 
 // A tile of y. It is valid if steps >= 0.
 struct Tile {
-  int list;  // which of the plan's lists of steps is the tile's
   int feature, token, batch;
-  int steps;
+  int first_step, steps;
 };
 
-// The tiles of one CTA (or cluster), of kTokens tokens each. A band of token tiles, of which x stays in L2, is finished
-// before the next is begun; in it, the tiles with most work go first. Every other round goes through the CTAs
-// backwards, so that who had more work has less the next time.
+// Step `i` of a tile, which must have it.
+__device__ __forceinline__ const int4* StepOf(const KernelParams& p, const Tile& tile, int i) {
+  return reinterpret_cast<const int4*>(p.steps + tile.batch * p.plan_batch_stride) + tile.first_step + i;
+}
+
+// The tiles of one CTA (or cluster), of kTokens tokens each. CTAs that run together share tokens, so that x is read
+// from memory once, and W comes from L2: if it is too large for that, a band of feature tiles at a time. Among the
+// tiles of the same tokens those with most work go first. Every other round goes through the CTAs backwards, so that
+// who had more work has less the next time.
 template <int kTokens, int kFeatures>
 class TileList {
  public:
@@ -76,24 +70,20 @@ class TileList {
   __device__ Tile Load(int round) const {
     const std::int64_t per_batch = static_cast<std::int64_t>(p_.token_tiles) * p_.feature_tiles;
     const std::int64_t index =
-        static_cast<std::int64_t>(round) * workers_ + (ORDER == 1 || round % 2 == 0 ? worker_ : workers_ - 1 - worker_);
+        static_cast<std::int64_t>(round) * workers_ + (round % 2 == 0 ? worker_ : workers_ - 1 - worker_);
     Tile tile{0, 0, 0, 0, -1};
     if (index >= per_batch * p_.batch) return tile;
     tile.batch = static_cast<int>(index / per_batch);
     int rest = static_cast<int>(index - tile.batch * per_batch);
-    const int first = rest / (p_.band * p_.feature_tiles) * p_.band;
-    const int height = min(p_.band, p_.token_tiles - first);
-    rest -= first * p_.feature_tiles;
-#if ORDER == 1
-    tile.token = (first + rest / p_.feature_tiles) * kTokens;
-    tile.list = (p_.plan_shared ? 0 : tile.batch * p_.feature_tiles) + rest % p_.feature_tiles;
-#else
-    tile.token = (first + rest % height) * kTokens;
-    tile.list = (p_.plan_shared ? 0 : tile.batch * p_.feature_tiles) + rest / height;
-#endif
-    const int2 entry = __ldg(p_.tiles + tile.list);
+    const int first = rest / (p_.band * p_.token_tiles) * p_.band;
+    const int width = min(p_.band, p_.feature_tiles - first);
+    rest -= first * p_.token_tiles;
+    tile.token = rest / width * kTokens;
+    const int4* entries = reinterpret_cast<const int4*>(p_.tiles + tile.batch * p_.plan_batch_stride);
+    const int4 entry = __ldg(entries + first + rest % width);
     tile.feature = max(0, min(entry.x, p_.feature_tiles - 1)) * kFeatures;
-    tile.steps = max(0, min(entry.y, p_.max_steps));
+    tile.first_step = max(0, min(entry.y, p_.max_steps));
+    tile.steps = max(0, min(entry.z, p_.max_steps - tile.first_step));
     return tile;
   }
 
@@ -124,11 +114,16 @@ class Ring {
   __device__ int stage() const { return stage_; }
   __device__ std::uint32_t full() const { return barriers_ + stage_ * 8; }
   __device__ std::uint32_t empty() const { return full() + kMaxStages * 8; }
-  __device__ bool IsFull() const { return __all_sync(kAllLanes, TestBarrier(full(), phase_)); }
+  __device__ bool IsFull() const { return TestBarrier(full(), phase_); }
   __device__ void WaitFull() const { WaitBarrier(full(), phase_); }
   __device__ void WaitEmpty() const { WaitBarrier(empty(), phase_ ^ 1); }
-  __device__ void Advance(int count = 1) {
-    for (stage_ += count; stage_ >= stages_; stage_ -= stages_) phase_ ^= 1;
+  // By fewer steps than there are stages.
+  __device__ void Advance(int steps = 1) {
+    stage_ += steps;
+    if (stage_ >= stages_) {
+      stage_ -= stages_;
+      phase_ ^= 1;
+    }
   }
 
  private:
@@ -137,6 +132,46 @@ class Ring {
   int stage_ = 0;
   std::uint32_t phase_ = 0;
 };
+
+// Copying takes one thread a few hundred cycles a step, longer than the tensor cores take for a step with few blocks.
+constexpr int kProducers = 3;  // warps that copy
+static_assert(kProducers * 32 <= kProducerThreads);
+
+// The work of one of the warps that copy: every kProducers-th step. Calls copy(tile, step, ring) in one lane when the
+// step's stage is empty. The warp stays converged: shuffles in a warp that is not cost several times as much.
+template <typename Tiles, typename Copy>
+__device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int producer, int lane,
+                                        const Copy& copy) {
+  constexpr int kWindow = 32 * kProducers;  // a step in each lane
+  const auto load = [&](const Tile& tile, int first) {
+    const int i = first + lane * kProducers;
+    return i < tile.steps ? __ldg(StepOf(p, tile, i)) : int4{};
+  };
+  ring.Advance(producer);
+  int first = producer;  // the warp's first step of the tile
+  Tile tile = tiles.Load(0);
+  int4 next = load(tile, first);
+  for (int round = 1; tile.steps >= 0; ++round) {
+    const Tile following = tiles.Load(round);
+    const int following_first = (first - tile.steps % kProducers + kProducers) % kProducers;
+    for (bool is_last = false; !is_last; first += kWindow) {
+      is_last = first + kWindow >= tile.steps;
+      const int4 window = next;
+      next = is_last ? load(following, following_first) : load(tile, first + kWindow);
+      const int count = min(32, (tile.steps - first + kProducers - 1) / kProducers);
+      for (int i = 0; i < count; ++i) {
+        const int4 step = {__shfl_sync(kAllLanes, window.x, i), __shfl_sync(kAllLanes, window.y, i),
+                           __shfl_sync(kAllLanes, window.z, i), 0};
+        ring.WaitEmpty();
+        if (lane == 0) copy(tile, step, ring);
+        __syncwarp();
+        ring.Advance(kProducers);
+      }
+    }
+    first = following_first;
+    tile = following;
+  }
+}
 
 // Shared memory: the stages, then a piece of y for each warpgroup and buffer, then `extra` bytes.
 constexpr int kMaxSharedBytes = 227 * 1024 - 512;  // besides the barriers
@@ -245,20 +280,21 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
                            from.f32_output ? 32u : 64u};
   if (error = EncodeTensorMap(&to->y, y); error != cudaSuccess) return error;
 
-  to->tiles = reinterpret_cast<const int2*>(from.tiles);
-  to->steps = reinterpret_cast<const int4*>(from.steps);
-  to->masks = reinterpret_cast<const std::uint32_t*>(from.masks);
+  to->tiles = from.tiles;
+  to->steps = from.steps;
+  to->masks = from.masks;
+  to->plan_batch_stride = from.plan_batch_stride;
   to->batch = static_cast<int>(from.batch);
   to->token_tiles = static_cast<int>(CeilDiv(from.tokens, tile_tokens));
   to->feature_tiles = static_cast<int>(CeilDiv(from.out_features, from.tile_features));
-  constexpr std::int64_t kBandBytes = 16 << 20;  // a third of L2
-  const std::int64_t tile_bytes = std::int64_t{tile_tokens} * from.in_features * 2;
-  to->band = static_cast<int>(std::clamp<std::int64_t>(kBandBytes / tile_bytes, 1, to->token_tiles));
+  constexpr std::int64_t kBandBytes = 20 << 20;  // less than half of L2
+  const std::int64_t w_bytes = std::max<std::int64_t>(1, std::int64_t{from.nnz} * from.block * from.block * 2);
+  to->band = static_cast<int>(std::clamp<std::int64_t>(kBandBytes * to->feature_tiles / w_bytes, 1, to->feature_tiles));
   to->in_features = from.in_features;
+  to->nnz = from.nnz;
   to->max_steps = from.max_steps;
   to->x_shared = from.x_batch == 1;
   to->w_shared = from.data_batch == 1;
-  to->plan_shared = from.plan_batch == 1;
   to->f32_output = from.f32_output;
   return cudaSuccess;
 }

@@ -53,10 +53,11 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
   extern __shared__ unsigned char shared[];
   __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
 
-  const std::uint32_t stages = (SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1);
-  const std::uint32_t barriers = SharedAddress(barrier_storage);
+  const std::uint32_t stages = Opaque((SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1));
+  const std::uint32_t barriers = Opaque(SharedAddress(barrier_storage));
   const std::uint32_t output = stages + L::kStages * L::kStageBytes;
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+  const int lane = static_cast<int>(Opaque(threadIdx.x % 32));
   const int rank = kCluster == 1 ? 0 : static_cast<int>(ClusterRank());
 
   if (threadIdx.x == 0) Ring::Init(barriers, L::kStages, L::kWarpgroups * 4 * kCluster);
@@ -68,59 +69,37 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
 
   if (warp >= L::kWarpgroups * 4) {
     ShrinkRegisters<ProducerRegisters(L::kWarpgroups)>();
-    if (warp == L::kWarpgroups * 4) {
-      const auto load = [&](const Tile& tile, int first) {
-        const int i = first + lane;
-        return i < p.max_steps && tile.steps >= 0
-                   ? __ldg(p.steps + static_cast<std::int64_t>(tile.list) * p.max_steps + i)
-                   : int4{};
-      };
-      Tile tile = tiles.Load(0);
-      int4 next = load(tile, 0);
-      for (int round = 1; tile.steps >= 0; ++round) {
-        const Tile following = tiles.Load(round);
-        const int token = tile.token + rank * L::kTokens;
-        for (int first = 0; first == 0 || first < tile.steps; first += 32) {
-          const int4 window = next;
-          next = first + 32 < tile.steps ? load(tile, first + 32) : load(following, 0);
-          const int count = min(32, tile.steps - first);
-          for (int i = 0; i < count; ++i) {
-            const int chunk = __shfl_sync(kAllLanes, window.x, i);
-            const int ids[] = {__shfl_sync(kAllLanes, window.y, i), __shfl_sync(kAllLanes, window.z, i)};
-            if (lane == 0) {
-              const std::uint32_t to = stages + ring.stage() * L::kStageBytes;
-              ring.WaitEmpty();
-              ArriveExpecting(ring.full(), L::kXBytes + ((ids[0] >= 0) + (ids[1] >= 0)) * L::kPieceOfW);
-              LoadTensor(to, &p.x, chunk * kChunk, token, p.x_shared ? 0 : tile.batch, ring.full());
+    const auto copy = [&](const Tile& tile, const int4& step, const Ring& ring) {
+      const int chunk = step.x, ids[] = {step.y, step.z};
+      const std::uint32_t to = stages + ring.stage() * L::kStageBytes;
+      ArriveExpecting(ring.full(), L::kXBytes + ((ids[0] >= 0) + (ids[1] >= 0)) * L::kPieceOfW);
+      LoadTensor(to, &p.x, chunk * kChunk, tile.token + rank * L::kTokens, p.x_shared ? 0 : tile.batch, ring.full());
 #pragma unroll
-              for (int group = 0; group < 2; ++group) {
-                if (ids[group] < 0 || (kCluster > 1 && group != rank)) continue;
-                const int depth = chunk * kChunk % kBlock, feature = group * kGroup % kBlock;
-                const int row = ids[group] * kBlock + (kTranspose ? feature : depth);
-                const int column = kTranspose ? depth : feature;
-                const int batch = p.w_shared ? 0 : tile.batch;
-                const std::uint32_t piece = to + L::kXBytes + group * L::kPieceOfW;
-                if constexpr (kCluster > 1) {
-                  LoadTensorMulticast(piece, &p.w, column, row, batch, ring.full(), (1 << kCluster) - 1);
-                } else {
-                  LoadTensor(piece, &p.w, column, row, batch, ring.full());
-                }
-              }
-            }
-            ring.Advance();
-          }
+      for (int group = 0; group < 2; ++group) {
+        if (ids[group] < 0 || (kCluster > 1 && group != rank)) continue;
+        const int depth = chunk * kChunk % kBlock, feature = group * kGroup % kBlock;
+        const int row = ids[group] * kBlock + (kTranspose ? feature : depth);
+        const int column = kTranspose ? depth : feature;
+        const int batch = p.w_shared ? 0 : tile.batch;
+        const std::uint32_t piece = to + L::kXBytes + group * L::kPieceOfW;
+        if constexpr (kCluster > 1) {
+          LoadTensorMulticast(piece, &p.w, column, row, batch, ring.full(), (1 << kCluster) - 1);
+        } else {
+          LoadTensor(piece, &p.w, column, row, batch, ring.full());
         }
-        tile = following;
       }
-    }
+    };
+    const int producer = warp - L::kWarpgroups * 4;
+    if (producer < kProducers) Produce(p, tiles, ring, producer, lane, copy);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(L::kWarpgroups)>();
     const int group = warp / 4;
     const auto load = [&](const Tile& tile, int first) {
       const int i = first + lane;
-      const int* step = reinterpret_cast<const int*>(p.steps + static_cast<std::int64_t>(tile.list) * p.max_steps + i);
-      return i < p.max_steps && tile.steps >= 0 ? int2{__ldg(step), __ldg(step + 1 + group)} : int2{0, -1};
+      if (i >= tile.steps) return int2{0, -1};
+      const int* step = reinterpret_cast<const int*>(StepOf(p, tile, i));
+      return int2{__ldg(step), __ldg(step + 1 + group)};
     };
     const auto arrive = [&](std::uint32_t barrier) {
       if constexpr (kCluster > 1) {
@@ -152,7 +131,7 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
         const int chunk = __shfl_sync(kAllLanes, window.x, i % 32);
         const int id = __shfl_sync(kAllLanes, window.y, i % 32);
         const std::uint32_t stage = stages + ring.stage() * L::kStageBytes;
-        if (!ring.IsFull()) {
+        if (!__all_sync(kAllLanes, ring.IsFull())) {
           WaitForProducts<0>();  // a stage is not held while waiting for copies
           release();
           ring.WaitFull();
@@ -200,7 +179,6 @@ cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
   cudaError_t error = FillParams<T>(params, L::kTokens, &p);
   if (error != cudaSuccess) return error;
   p.token_tiles = static_cast<int>(CeilDiv(p.token_tiles, kCluster));
-  p.band = static_cast<int>(CeilDiv(p.band, kCluster));
   p.capacity = 0;
   p.stages = L::kStages;
   constexpr CUtensorMapDataType kType =

@@ -15,9 +15,7 @@
 
 namespace jax_blocksparse::sm90 {
 
-constexpr int kProducers = PW;
-
-template <int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups, int kStepUnits>
+template <int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
 struct SmallTile {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kFeatures = kTileFeatures;
@@ -27,10 +25,10 @@ struct SmallTile {
   static constexpr int kOwnGroups = std::max(1, kGroups / kWarpgroups);
   static constexpr int kParts = std::max(1, kWarpgroups / kGroups);
   static constexpr int kOwnTokens = kTokens / kParts;
-  // In how many parts a step's A is gathered and multiplied: registers hold two parts besides the sums.
-  static constexpr int kUnits = kStepUnits;
-  static constexpr int kUnitDepths = kChunk / 16 / kUnits;
+  // Two warpgroups have registers to gather a step's A while the last one's is still read. Four cover for each other.
+  static constexpr bool kGathersAhead = kWarpgroups <= 2;
   static constexpr int kRun = std::max(1, kBlock / 16);  // products along a block's depth
+  static constexpr int kDepths = kChunk / 16;            // products along a chunk's depth
   static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
   static constexpr int kSliceFeatures = SliceFeatures(kBlock);
   static constexpr int kSlices = kFeatures / kSliceFeatures;
@@ -44,52 +42,93 @@ struct SmallTile {
   static_assert(kGroups * kParts == kOwnGroups * kWarpgroups && kFeatures % kGroup == 0, "the work is split evenly");
   static_assert(kOwnTokens == 128 || kOwnTokens == 256, "there are products for these widths");
   static_assert(kOwnGroups * kOwnTokens <= 256, "the sums fit into registers");
-  static_assert(kUnitDepths % kRun == 0, "a part of a step has whole blocks");
   static_assert(kTokens <= 256, "one box of a tensor copy");
   static_assert(kFullCapacity <= 256, "eight bits of a mask's first position");
 
+  // A chunk of x, the blocks that meet it, a block of zeros.
   static constexpr int StageBytes(int capacity) {
-    return kXBytes + (capacity * kBlockBytes + kAlignment - 1) / kAlignment * kAlignment;
+    return kXBytes + ((capacity + 1) * kBlockBytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 };
 
-// A word of the plan's masks, for one slice (16 features, or 32 for blocks of 32) and one step.
+// What a warp needs to know about a step of a group, in one word, and how it gathers A by it. It is made from two words
+// of the plan's masks, that of the slice in which the warp's 16 features are and one that all warps of the group read:
 //   bits 0-15: the blocks present, by row of the chunk and, for blocks of 8, column of the slice
-//   bits 16-19: for each 16 depths, whether the slice's group of 64 features has any block there
+//   bits 16-19: for each 16 depths, whether the group has any block there
 //   bits 20-: the position, among the blocks of the step, of the first of the slice
+// Whatever the plan says, the warps of a group take the same products and read in the stage.
 constexpr std::uint32_t kPresenceMask = 0xffff;
-constexpr std::uint32_t kDepthsMask = 0xf0000;
 constexpr int kDepthsShift = 16, kPositionShift = 20;
 
-// Whether the group has a block at depths 16*k to 16*k+15.
-__device__ __forceinline__ bool IsOccupied(std::uint32_t word, int k) { return (word >> (kDepthsShift + k) & 1) != 0; }
-
-// Gathers a warp's A, 16 features x 16 depths, from blocks as LaunchPack has left them in `blocks`: for depths 16*k to
-// 16*k+15 of the chunk. What is absent becomes zero.
+// Bits 28-31: for each 16 depths, whether the group has any block there. Bits 7*r to 7*r+6: the position of the block
+// in row r of the chunk; an absent one is read from the block of zeros that follows the last.
 template <int kBlock>
-__device__ __forceinline__ void Gather(std::uint32_t (&a)[4], std::uint32_t word, int k, std::uint32_t blocks, int warp,
-                                       int lane) {
-  constexpr int kBlockBytes = kBlock * kBlock * 2;
-  const auto position = [&](int bit) { return (word >> kPositionShift) + __popc(word & ((1u << bit) - 1)); };
-  const auto present = [&](int bit) { return (word >> bit & 1) != 0; };
-  if constexpr (kBlock == 8) {
+struct StepWord {
+  static constexpr int kBlockBytes = kBlock * kBlock * 2;
+  static constexpr int kRows = kChunk / kBlock;
+  static_assert(kRows <= 4 && 256 * kChunk / (kBlock * kBlock) < 128, "four positions of seven bits");
+
+  static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, std::uint32_t common, int capacity) {
+    std::uint32_t word = common >> kDepthsShift << 28;
+    int position = static_cast<int>(own >> kPositionShift);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const bool present = own >> row & 1;
+      word |= static_cast<std::uint32_t>(present ? min(position, capacity) : capacity) << (7 * row);
+      position += present;
+    }
+    return word;
+  }
+
+  static __device__ __forceinline__ bool IsOccupied(std::uint32_t word, int depth) {
+    constexpr int kRun = kBlock / 16;  // these depths are occupied together
+    return word >> (28 + depth / kRun * kRun) & 1;
+  }
+
+  // For depths 16*depth to 16*depth+15 of the chunk. `blocks` is where the lane finds its part of the first block.
+  static __device__ __forceinline__ void Gather(std::uint32_t (&a)[4], std::uint32_t word, int depth,
+                                                std::uint32_t blocks) {
+    const std::uint32_t position = word >> (7 * (depth * 16 / kBlock)) & 127;
+    LoadShared16If(IsOccupied(word, depth), a, blocks + position * kBlockBytes + depth * 16 % kBlock * 32);
+  }
+
+  static __device__ __forceinline__ int OffsetOfLane(int warp, int lane) {
+    return warp * 16 % kBlock / 16 * (kBlock * 32) + lane * 16;
+  }
+};
+
+// The plan's own words, their positions made safe: sixteen blocks are too many for the other form.
+template <>
+struct StepWord<8> {
+  static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, std::uint32_t common, int capacity) {
+    const auto last = static_cast<std::uint32_t>(max(0, capacity - __popc(own & kPresenceMask)));
+    return (own & kPresenceMask) | (common & 0xf0000) | min(own >> kPositionShift, last) << kPositionShift;
+  }
+
+  static __device__ __forceinline__ bool IsOccupied(std::uint32_t word, int depth) {
+    return word >> (kDepthsShift + depth) & 1;
+  }
+
+  static __device__ __forceinline__ void Gather(std::uint32_t (&a)[4], std::uint32_t word, int depth,
+                                                std::uint32_t blocks) {
+    if (!IsOccupied(word, depth)) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int bit = k * 4 + i;
-      a[i] = LoadShared4If(present(bit), blocks + position(bit) * kBlockBytes + lane * 4);
+      const int bit = depth * 4 + i;
+      const std::uint32_t position = (word >> kPositionShift) + __popc(word & ((1u << bit) - 1));
+      a[i] = LoadShared4OrZero(word >> bit & 1, blocks + position * 128);
     }
-  } else {
-    const int bit = k * 16 / kBlock;
-    const int inside = kBlock == 32 ? (k % 2 * 2 + warp % 2) * 512 : 0;
-    LoadShared16If(present(bit), a, blocks + position(bit) * kBlockBytes + inside + lane * 16);
   }
-}
+
+  static __device__ __forceinline__ int OffsetOfLane(int, int lane) { return lane * 4; }
+};
 
 // Steps are (chunk, position of the first block, number of blocks, unused).
-template <typename T, int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups, int kStepUnits>
+template <typename T, int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
 __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
     MatmulSmallKernel(const __grid_constant__ KernelParams p) {
-  using S = SmallTile<kBlock, kTileTokens, kTileFeatures, kNumWarpgroups, kStepUnits>;
+  using S = SmallTile<kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
+  using Word = StepWord<kBlock>;
   extern __shared__ unsigned char shared[];
   __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
 
@@ -97,8 +136,13 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
   const std::uint32_t stages = Opaque((SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1));
   const std::uint32_t barriers = Opaque(SharedAddress(barrier_storage));
   const std::uint32_t output = stages + p.stages * stage_bytes;
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+  const int lane = static_cast<int>(Opaque(threadIdx.x % 32));
 
+  for (int i = threadIdx.x; i < p.stages * S::kBlockBytes / 4; i += S::kThreads) {
+    const int stage = i / (S::kBlockBytes / 4), inside = i % (S::kBlockBytes / 4) * 4;
+    StoreShared4(stages + stage * stage_bytes + S::kXBytes + p.capacity * S::kBlockBytes + inside, 0);
+  }
   if (threadIdx.x == 0) Ring::Init(barriers, p.stages, S::kWarpgroups * 4);
   __syncthreads();
 
@@ -107,202 +151,129 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
 
   if (warp >= S::kWarpgroups * 4) {
     ShrinkRegisters<ProducerRegisters(S::kWarpgroups)>();
+    const auto copy = [&](const Tile& tile, const int4& step, const Ring& ring) {
+      const std::uint32_t to = stages + ring.stage() * stage_bytes;
+      // Wherever the plan says, what is read is in the array and fits into the stage.
+      const int first = max(0, min(step.y, p.nnz));
+      const int bytes = max(0, min(min(step.z, p.capacity), p.nnz - first)) * S::kBlockBytes;
+      ArriveExpecting(ring.full(), S::kXBytes + bytes);
+      LoadTensor(to, &p.x, step.x * kChunk, tile.token, p.x_shared ? 0 : tile.batch, ring.full());
+      if (bytes == 0) return;
+      const std::int64_t block = static_cast<std::int64_t>(p.w_shared ? 0 : tile.batch) * p.nnz + first;
+      LoadBytes(to + S::kXBytes, static_cast<const unsigned char*>(p.packed) + block * S::kBlockBytes, bytes,
+                ring.full());
+    };
     const int producer = warp - S::kWarpgroups * 4;
-    if (producer < kProducers) {
-      // Each lane has a step of its warp, every kProducers-th of a tile's, `skipped` steps after the first.
-      struct Step {
-        int chunk, position, bytes;
-      };
-      const auto load = [&](const Tile& tile, int first, int skipped) {
-        const int i = first + skipped + lane * kProducers;
-        const bool is_there = i < p.max_steps && tile.steps >= 0;
-        return is_there ? __ldg(p.steps + static_cast<std::int64_t>(tile.list) * p.max_steps + i) : int4{};
-      };
-      constexpr int kWindow = 32 * kProducers;
-      int skipped = producer;
-      Tile tile = tiles.Load(0);
-      int4 next = load(tile, 0, skipped);
-      ring.Advance(producer);
-      for (int round = 1; tile.steps >= 0; ++round) {
-        const Tile following = tiles.Load(round);
-        const int next_skipped = ((skipped - tile.steps) % kProducers + kProducers) % kProducers;
-        const auto* blocks_of_batch =
-            static_cast<const unsigned char*>(p.packed) + (p.w_shared ? 0 : tile.batch) * p.nnz * S::kBlockBytes;
-        const int x_batch = p.x_shared ? 0 : tile.batch;
-        for (int first = 0; first == 0 || first < tile.steps; first += kWindow) {
-          // Wherever the plan says, what is read is in the array and fits into the stage.
-          const int depth = next.x * kChunk;
-          const int position = max(0, min(next.y, static_cast<int>(p.nnz)));
-          const int bytes = max(0, min(min(next.z, p.capacity), static_cast<int>(p.nnz) - position)) * S::kBlockBytes;
-          next = first + kWindow < tile.steps ? load(tile, first + kWindow, skipped) : load(following, 0, next_skipped);
-          for (int i = 0; first + skipped + i * kProducers < min(tile.steps, first + kWindow); ++i) {
-            const int c = __shfl_sync(kAllLanes, depth, i);
-            const int from = __shfl_sync(kAllLanes, position, i);
-            const int size = __shfl_sync(kAllLanes, bytes, i);
-            if (lane == 0) {
-              const std::uint32_t to = stages + ring.stage() * stage_bytes;
-              ring.WaitEmpty();
-              ArriveExpecting(ring.full(), S::kXBytes + size);
-              LoadTensor(to, &p.x, c, tile.token, x_batch, ring.full());
-              if (size > 0) {
-                LoadBytes(to + S::kXBytes, blocks_of_batch + static_cast<std::int64_t>(from) * S::kBlockBytes, size,
-                          ring.full());
-              }
-            }
-            ring.Advance(kProducers);
-          }
-        }
-        skipped = next_skipped;
-        tile = following;
-      }
-    }
+    if (producer < kProducers) Produce(p, tiles, ring, producer, lane, copy);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(S::kWarpgroups)>();
     const int warpgroup = warp / 4;
     const int first_group = warpgroup % (S::kGroups / S::kOwnGroups) * S::kOwnGroups;
     const int first_token = warpgroup / (S::kGroups / S::kOwnGroups) * S::kOwnTokens;
+    const std::uint32_t lane_blocks = S::kXBytes + Word::OffsetOfLane(warp % 4, lane);
 
-    // The words of each group for 32 steps, one a lane: the warp's own, and the one from which all warps of the group
-    // take the depths to multiply.
-    struct Words {
+    // The plan's words of each group for 32 steps, one a lane. They are looked at only when they are needed, so that
+    // nothing waits for them before.
+    struct Masks {
       std::uint32_t own[S::kOwnGroups], common[S::kOwnGroups];
     };
     const auto load = [&](const Tile& tile, int first) {
-      Words words;
+      Masks masks = {};
       const int i = first + lane;
-      const bool is_there = i < p.max_steps && tile.steps >= 0;
+      if (i >= tile.steps) return masks;
+      const std::int32_t* list = p.masks + tile.batch * p.plan_batch_stride + tile.first_step + i;
 #pragma unroll
       for (int g = 0; g < S::kOwnGroups; ++g) {
         const int group_slice = (first_group + g) * (kGroup / S::kSliceFeatures);
         const int slice = group_slice + warp % 4 * 16 / S::kSliceFeatures;
-        const std::uint32_t* list = p.masks + static_cast<std::int64_t>(tile.list) * S::kSlices * p.max_steps + i;
-        words.own[g] = is_there ? __ldg(list + static_cast<std::int64_t>(slice) * p.max_steps) : 0;
-        words.common[g] = is_there ? __ldg(list + static_cast<std::int64_t>(group_slice) * p.max_steps) : 0;
+        masks.own[g] = __ldg(list + static_cast<std::int64_t>(slice) * p.max_steps);
+        masks.common[g] = __ldg(list + static_cast<std::int64_t>(group_slice) * p.max_steps);
       }
-      return words;
-    };
-    // Whatever the plan says, products stay converged and reads in the stage.
-    const auto combine = [&](const Words& words, std::uint32_t (&window)[S::kOwnGroups]) {
-#pragma unroll
-      for (int g = 0; g < S::kOwnGroups; ++g) {
-        const int blocks = __popc(words.own[g] & kPresenceMask);
-        const auto last = static_cast<std::uint32_t>(max(0, p.capacity - blocks));
-        window[g] = (words.own[g] & kPresenceMask) | (words.common[g] & kDepthsMask) |
-                    min(words.own[g] >> kPositionShift, last) << kPositionShift;
-      }
+      return masks;
     };
 
     OutputWriter<T, S::kOwnTokens, S::kBuffers> writer(p, output + warpgroup * S::kBuffers * kPieceBytes, warpgroup);
     Tile tile = tiles.Load(0);
-    Words next = load(tile, 0);
+    Masks next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
       const Tile following = tiles.Load(round);
       float sum[S::kOwnGroups][S::kOwnTokens / 2] = {};
-      std::uint32_t window[S::kOwnGroups];
-      std::uint32_t words[S::kOwnGroups];
-      std::uint32_t held = 0;  // the barrier of the stage that products under way still read, if any
-      const auto release = [&] {
+      std::uint32_t window[S::kOwnGroups];  // the words of 32 steps, one a lane
+      std::uint32_t held = 0;               // the barrier of the stage that products under way still read, if any
+      const auto finish = [&] {
+        WaitForProducts<0>();
         if (held != 0 && lane == 0) Arrive(held);
         held = 0;
       };
 
-      const auto begin_step = [&](int i) {
+      using Fragments = std::uint32_t[S::kOwnGroups][S::kDepths][4];
+      // Step `i`, by the registers `a`; the products of the last step may still run and read `last_a`.
+      const auto multiply = [&](int i, Fragments& a, Fragments& last_a) {
         if (i % 32 == 0) {
-          combine(next, window);
+#pragma unroll
+          for (int g = 0; g < S::kOwnGroups; ++g) window[g] = Word::Make(next.own[g], next.common[g], p.capacity);
           next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
         }
+        std::uint32_t words[S::kOwnGroups];
 #pragma unroll
         for (int g = 0; g < S::kOwnGroups; ++g) words[g] = __shfl_sync(kAllLanes, window[g], i % 32);
-        if (!ring.IsFull()) {
-          WaitForProducts<0>();  // a stage is not held while waiting for copies
-          release();
+        if (!__all_sync(kAllLanes, ring.IsFull())) {
+          finish();  // a stage is not held while waiting for copies
           ring.WaitFull();
         }
-      };
-      // One unit of a step. The products of the unit before may still run, those of the one before that, which has
-      // used the same registers, do not.
-      using Fragments = std::uint32_t[S::kOwnGroups][S::kUnitDepths][4];
-      const auto multiply = [&](int unit, Fragments& a) {
+        if constexpr (!S::kGathersAhead) {
+          finish();
+          KeepRegisters(sum);
+          KeepRegisters(a);
+        }
         const std::uint32_t x = stages + ring.stage() * stage_bytes;
-        // Depths of the same blocks are there or not together.
 #pragma unroll
         for (int g = 0; g < S::kOwnGroups; ++g) {
 #pragma unroll
-          for (int k = 0; k < S::kUnitDepths; k += S::kRun) {
-            if (!IsOccupied(words[g], unit * S::kUnitDepths + k)) continue;
-#pragma unroll
-            for (int r = k; r < k + S::kRun; ++r) {
-              Gather<kBlock>(a[g][r], words[g], unit * S::kUnitDepths + r, x + S::kXBytes, warp, lane);
-            }
-          }
+          for (int k = 0; k < S::kDepths; ++k) Word::Gather(a[g][k], words[g], k, x + lane_blocks);
         }
-        if (PRE) {
-          WaitForProducts<0>();
+        if constexpr (S::kGathersAhead) {
+          finish();
           KeepRegisters(sum);
-          release();
+          KeepRegisters(last_a);
         }
         KeepRegisters(a);
+        held = ring.empty();
+        ring.Advance();
         const std::uint64_t tokens = OperandDescriptor(x + first_token * kChunkBytes);
-        int issued = 0;
 #pragma unroll
         for (int g = 0; g < S::kOwnGroups; ++g) {
 #pragma unroll
-          for (int k = 0; k < S::kUnitDepths; k += S::kRun) {
-            if (!IsOccupied(words[g], unit * S::kUnitDepths + k)) continue;
+          for (int k = 0; k < S::kDepths; k += S::kRun) {
+            if (!Word::IsOccupied(words[g], k)) continue;
             FenceProducts();
 #pragma unroll
             for (int r = k; r < k + S::kRun; ++r) {
-              MultiplyRegisters<T>(sum[g], a[g][r], tokens + (unit * S::kUnitDepths + r) * kDepthStepKMajor);
+              MultiplyRegisters<T>(sum[g], a[g][r], tokens + r * kDepthStepKMajor);
             }
             CommitProducts();
-            ++issued;
           }
-        }
-        if (PRE) {
-        } else if (issued >= 4) {
-          WaitForProducts<4>();
-        } else if (issued >= 2) {
-          WaitForProducts<2>();
-        } else if (issued == 1) {
-          WaitForProducts<1>();
-        } else {
-          WaitForProducts<0>();
-        }
-        if (!PRE && unit == 0) release();
-        if (unit == S::kUnits - 1) {
-          held = ring.empty();
-          ring.Advance();
         }
       };
 
-      Fragments even = {}, odd = {};
       if (tile.steps == 0) next = load(following, 0);
-      if constexpr (S::kUnits == 1) {
+      if constexpr (S::kGathersAhead) {
+        Fragments even = {}, odd = {};
         for (int i = 0; i < tile.steps; i += 2) {
-          begin_step(i);
-          multiply(0, even);
-          KeepRegisters(odd);
-          if (i + 1 < tile.steps) {
-            begin_step(i + 1);
-            multiply(0, odd);
-            KeepRegisters(even);
-          }
+          multiply(i, even, odd);
+          if (i + 1 < tile.steps) multiply(i + 1, odd, even);
         }
+        finish();
+        KeepRegisters(even);
+        KeepRegisters(odd);
       } else {
-        for (int i = 0; i < tile.steps; ++i) {
-          begin_step(i);
-          multiply(0, even);
-          KeepRegisters(odd);
-          multiply(1, odd);
-          KeepRegisters(even);
-        }
+        Fragments a = {};
+        for (int i = 0; i < tile.steps; ++i) multiply(i, a, a);
+        finish();
+        KeepRegisters(a);
       }
-      WaitForProducts<0>();
       KeepRegisters(sum);
-      KeepRegisters(even);
-      KeepRegisters(odd);
-      release();
 #pragma unroll
       for (int g = 0; g < S::kOwnGroups; ++g) {
         writer.Write(sum[g], tile.feature + (first_group + g) * kGroup, tile.token + first_token, tile.batch);
@@ -313,20 +284,19 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
   }
 }
 
-template <typename T, int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups, int kStepUnits>
+template <typename T, int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
 cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
-  using S = SmallTile<kBlock, kTileTokens, kTileFeatures, kNumWarpgroups, kStepUnits>;
+  using S = SmallTile<kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
   if (params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) return cudaErrorInvalidValue;
   KernelParams p;
-  cudaError_t error = FillParams<T>(params, S::kTokens, &p);
-  if (error != cudaSuccess) return error;
+  if (const cudaError_t error = FillParams<T>(params, S::kTokens, &p); error != cudaSuccess) return error;
   const int stage_bytes = S::StageBytes(params.capacity);
   p.packed = params.data;
-  p.nnz = params.nnz;
   p.capacity = params.capacity;
   p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
+  if (p.stages < kProducers) return cudaErrorInvalidValue;
   const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
-  constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, kNumWarpgroups, kStepUnits>;
+  constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
   return LaunchPersistent<kKernel, 1>(p, tiles, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
                                       stream);
 }

@@ -2,9 +2,9 @@
 //
 // A block is cut into pieces of 16 features x 16 depths, stored as the registers of a warp that holds the piece as the
 // left operand of a product: 16 bytes for each lane, which the matmul kernel reads as they are. A block of 32 is four
-// such pieces, depth by depth; a block of 8 is a quarter of one, a register for each lane. A warp takes 2 KB at a time
-// through shared memory, where ldmatrix puts the elements into place, transposing or not. What bounds it is memory:
-// every warp of the grid has its 2 KB in flight at once.
+// such pieces, feature by feature; a block of 8 is a quarter of one, a register for each lane. A warp takes 2 KB at a
+// time through shared memory, where ldmatrix puts the elements into place, transposing or not. What bounds it is
+// memory: every warp of the grid has its 2 KB in flight at once.
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "pack.h"
@@ -35,17 +35,17 @@ __global__ void __launch_bounds__(kWarps * 32) PackKernel(const PackParams p) {
   const std::int64_t batch = group / groups;
   const int first = static_cast<int>(group - batch * groups) * kBlocks;
   const std::int64_t block_elements = kBlock * kBlock;
-  const auto* data =
-      static_cast<const std::uint16_t*>(p.data) + (p.data_batch == 1 ? 0 : batch * p.nnz * block_elements);
+  const auto* data = static_cast<const std::uint16_t*>(p.data) + batch * p.data_batch_stride;
   auto* packed = static_cast<std::uint16_t*>(p.packed) + (batch * p.nnz + first) * block_elements;
-  const std::int64_t list = p.plan_batch == 1 ? 0 : batch * p.nnz;
+  const std::int32_t* order = p.order + batch * p.order_batch_stride;
+  const std::int32_t* inners = p.inner + batch * p.inner_batch_stride;
 
   // All loads of a kind are under way before the first is waited for.
   int ids[kPieces];
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const int position = first + (i * 32 + lane) * 16 / kBlockBytes;
-    ids[i] = position < p.nnz ? __ldg(p.order + list + position) : -1;
+    ids[i] = position < p.nnz ? __ldg(order + position) : -1;
   }
   uint4 pieces[kPieces];
   std::int64_t depths[kPieces];
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kWarps * 32) PackKernel(const PackParams p) {
     const bool is_there = ids[i] >= 0 && ids[i] < p.nnz;
     const std::int64_t start = ids[i] * block_elements + row * kBlock + column;
     pieces[i] = is_there ? __ldg(reinterpret_cast<const uint4*>(data + start)) : uint4{};
-    const std::int64_t inner = is_there ? __ldg(p.inner + list + ids[i]) : 0;
+    const std::int64_t inner = is_there ? __ldg(inners + ids[i]) : 0;
     depths[i] = inner * kBlock + (kTranspose ? column : row);
   }
 
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kWarps * 32) PackKernel(const PackParams p) {
     } else {
       constexpr int kAcross = kBlock / 16;  // pieces of 16 x 16 in a row of a block
       const int inside = i % (kAcross * kAcross);
-      const int depth = inside / kAcross * 16 + matrix / 2 * 8, feature = inside % kAcross * 16 + matrix % 2 * 8;
+      const int depth = inside % kAcross * 16 + matrix / 2 * 8, feature = inside / kAcross * 16 + matrix % 2 * 8;
       const int r = (kTranspose ? feature : depth) + row, column = kTranspose ? depth : feature;
       const int block = i / (kAcross * kAcross);
       LoadMatrices<!kTranspose>(registers, blocks + Place(block * kBlockBytes + (r * kBlock + column) * 2));

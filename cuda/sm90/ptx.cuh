@@ -138,8 +138,8 @@ __device__ __forceinline__ void StoreShared4(std::uint32_t to, std::uint32_t val
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
-// Zeros if the condition does not hold; then nothing is read.
-__device__ __forceinline__ std::uint32_t LoadShared4If(bool condition, std::uint32_t from) {
+// Zero if the condition does not hold; then nothing is read.
+__device__ __forceinline__ std::uint32_t LoadShared4OrZero(bool condition, std::uint32_t from) {
   std::uint32_t value;
   asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.shared.u32 %0, [%1];}"
                : "=&r"(value)
@@ -147,13 +147,13 @@ __device__ __forceinline__ std::uint32_t LoadShared4If(bool condition, std::uint
                : "memory");
   return value;
 }
+
+// Leaves the values as they are if the condition does not hold.
 __device__ __forceinline__ void LoadShared16If(bool condition, std::uint32_t (&values)[4], std::uint32_t from) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
-      "@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
-      : "=&r"(values[0]), "=&r"(values[1]), "=&r"(values[2]), "=&r"(values[3])
-      : "r"(from), "r"(static_cast<std::uint32_t>(condition))
-      : "memory");
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
+               : "+r"(values[0]), "+r"(values[1]), "+r"(values[2]), "+r"(values[3])
+               : "r"(from), "r"(static_cast<std::uint32_t>(condition))
+               : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements, each stored transposed; lane l gives the address of row l%8 of matrix l/8.

@@ -52,7 +52,7 @@ def init_blocks(
         # One key for all: no two block columns take the same columns of what is drawn.
         width = n if columns[-1] < grid_n else len(columns) * b
         data = _place(data, ids, columns, kernel_init(key, (fan_in, width), dtype))
-    return jnp.where(_inside(pattern), data, 0)
+    return _zero_outside(data, pattern)
 
 
 def _columns_by_fan_in(pattern: BlockPattern) -> Iterator[tuple[int, np.ndarray, jax.Array]]:
@@ -88,9 +88,10 @@ def _place(data: jax.Array, ids: jax.Array, columns: jax.Array, drawn: jax.Array
     return data.at[ids].set(blocks[columns], mode="drop")
 
 
-def _inside(pattern: BlockPattern) -> jax.Array:
-    """(nnz, b, b), true for entries of live blocks that lie in the matrix."""
+@jax.jit
+def _zero_outside(data: jax.Array, pattern: BlockPattern) -> jax.Array:
+    """Sets what is no entry of the matrix to zero: inert blocks, and what reaches beyond the last row and column."""
     offsets = jnp.arange(pattern.block_size)
     row, col = (index[:, None] * pattern.block_size + offsets for index in (pattern.rows, pattern.cols))
     row_inside, col_inside = (row >= 0) & (row < pattern.shape[0]), (col >= 0) & (col < pattern.shape[1])
-    return row_inside[:, :, None] & col_inside[:, None, :]
+    return jnp.where(row_inside[:, :, None] & col_inside[:, None, :], data, 0)

@@ -1,6 +1,7 @@
 """BlockSparseMatrix: the values of the blocks and where they are."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -181,13 +182,7 @@ class BlockSparseMatrix:
           >>> bool((jbs.BlockSparseMatrix.fromdense(jnp.eye(20), block_size=8).todense() == jnp.eye(20)).all())
           True
         """
-        (k, n), (grid_k, grid_n), b = self.pattern.shape, self.pattern.grid, self.pattern.block_size
-        # A negative index would count from the end: make every inert entry point past the end, where scatters drop it.
-        rows = jnp.where(self.pattern.rows < 0, grid_k, self.pattern.rows)
-        cols = jnp.where(self.pattern.cols < 0, grid_n, self.pattern.cols)
-        blocks = jnp.zeros((grid_k, grid_n, b, b), self.dtype).at[rows, cols].add(self.data, mode="drop")
-        dense = blocks.swapaxes(1, 2).reshape(grid_k * b, grid_n * b)[:k, :n]
-        return dense.T if self.transposed else dense
+        return _todense(self)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -295,6 +290,17 @@ class BlockSparseMatrix:
         )
 
 
+@jax.jit
+def _todense(w: BlockSparseMatrix) -> jax.Array:
+    (k, n), (grid_k, grid_n), b = w.pattern.shape, w.pattern.grid, w.pattern.block_size
+    # A negative index would count from the end: make every inert entry point past the end, where scatters drop it.
+    rows = jnp.where(w.pattern.rows < 0, grid_k, w.pattern.rows)
+    cols = jnp.where(w.pattern.cols < 0, grid_n, w.pattern.cols)
+    blocks = jnp.zeros((grid_k, grid_n, b, b), w.dtype).at[rows, cols].add(w.data, mode="drop")
+    dense = blocks.swapaxes(1, 2).reshape(grid_k * b, grid_n * b)[:k, :n]
+    return dense.T if w.transposed else dense
+
+
 def _blocks(dense: jax.Array, b: int) -> jax.Array:
     """(K, N) to (ceil(K / b), ceil(N / b), b, b), padded with zeros."""
     grid = block_grid(dense.shape, b)
@@ -302,6 +308,7 @@ def _blocks(dense: jax.Array, b: int) -> jax.Array:
     return padded.reshape(grid[0], b, grid[1], b).swapaxes(1, 2)
 
 
+@functools.partial(jax.jit, static_argnames="b")
 def _cut(dense: jax.Array, b: int, rows: jax.Array, cols: jax.Array) -> jax.Array:
     """The blocks of `dense` at the given positions; zeros for inert entries."""
     grid = block_grid(dense.shape, b)

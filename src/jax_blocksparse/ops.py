@@ -166,10 +166,8 @@ def _check_pattern(name: str, pattern: BlockPattern) -> None:
     """The index arrays must have the sizes that shape and block size imply; a restored checkpoint may not."""
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"{name} must be a BlockPattern, got {type(pattern).__name__}")
-    grid, nnz = pattern.grid, pattern.rows.shape
-    wanted = (nnz, nnz, (grid[1] + 1,), nnz, (grid[0] + 1,), nnz)
-    got = tuple(index.shape for index in pattern.indices)
-    if len(nnz) != 1 or got != wanted:
+    wanted, got = pattern.index_shapes, tuple(index.shape for index in pattern.indices)
+    if got != wanted:
         raise ValueError(
             f"{name} is {pattern}, whose {', '.join(INDEX_NAMES)} must have shapes {wanted}, "
             f"got {got}; was it made for another shape or block size, or stacked without vmap?"

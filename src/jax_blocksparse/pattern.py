@@ -1,4 +1,4 @@
-"""BlockPattern: where the blocks of a block-sparse matrix are, and the orders kernels walk them in."""
+"""BlockPattern: where the blocks of a block-sparse matrix are, and the orders and plans by which kernels walk them."""
 
 import dataclasses
 import numbers
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jax_blocksparse.plan import PlanLayout, choose_layout, flat_size, make_flat_plan
+
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 """The block sizes that the native kernels have."""
 
-INDEX_NAMES = ("rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order")
+INDEX_NAMES = ("rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order", "y_plan", "dx_plan")
 """The leaves of a BlockPattern."""
 
 
@@ -77,6 +79,8 @@ class BlockPattern:
       col_order: (nnz,) int32, block ids sorted by (column, row), inert ones last.
       row_ptr: (grid[0] + 1,) int32; block row r owns `row_order[row_ptr[r]:row_ptr[r + 1]]`.
       row_order: (nnz,) int32, block ids sorted by (row, column), inert ones last.
+      y_plan: int32, what the Hopper kernels copy and multiply for x @ W, step by step (see `jax_blocksparse.plan`).
+      dx_plan: int32, the same for x @ W.T.
       shape: (K, N), the size of the matrix in elements; static.
       block_size: b, one of `BLOCK_SIZES`; static.
     """
@@ -87,6 +91,8 @@ class BlockPattern:
     col_order: jax.Array
     row_ptr: jax.Array
     row_order: jax.Array
+    y_plan: jax.Array
+    dx_plan: jax.Array
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
 
@@ -141,7 +147,7 @@ class BlockPattern:
                 raise ValueError(f"capacity must be at least the number of blocks {rows.shape[0]}, got {capacity}")
             rows = xp.pad(rows, (0, missing), constant_values=grid[0])
             cols = xp.pad(cols, (0, missing), constant_values=grid[1])
-        leaves = (rows, cols, *_orders(xp, rows, cols, grid))
+        leaves = (rows, cols, *_orders(xp, rows, cols, grid), *_plans(xp, rows, cols, shape, block_size))
         if concrete:
             # Even inside jit, what the host knows stays known: layers look at their pattern when they initialise.
             with jax.ensure_compile_time_eval():
@@ -208,9 +214,18 @@ class BlockPattern:
             col_order=self.row_order,
             row_ptr=self.col_ptr,
             row_order=self.col_order,
+            y_plan=self.dx_plan,
+            dx_plan=self.y_plan,
             shape=self.shape[::-1],
             block_size=self.block_size,
         )
+
+    @property
+    def index_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes that the index arrays of one pattern of this shape, block size and number of blocks have."""
+        ids, (grid_k, grid_n) = (self.nnz,), self.grid
+        y_plan, dx_plan = ((flat_size(layout),) for layout in _layouts(self.shape, self.block_size, self.nnz))
+        return ids, ids, (grid_n + 1,), ids, (grid_k + 1,), ids, y_plan, dx_plan
 
     @property
     def indices(self) -> tuple[jax.Array, ...]:
@@ -276,6 +291,19 @@ def _orders(xp: ModuleType, rows: jax.Array, cols: jax.Array, grid: tuple[int, i
         return ptr.astype(np.int32), order.astype(np.int32)
 
     return *walk(cols, rows, grid[1]), *walk(rows, cols, grid[0])
+
+
+def _layouts(shape: tuple[int, int], block_size: int, nnz: int) -> tuple[PlanLayout, PlanLayout]:
+    """The layouts of y_plan and dx_plan."""
+    return choose_layout(*shape, block_size, nnz), choose_layout(*shape[::-1], block_size, nnz)
+
+
+def _plans(
+    xp: ModuleType, rows: jax.Array, cols: jax.Array, shape: tuple[int, int], block_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """(y_plan, dx_plan), by NumPy on the host or jax.numpy under jit."""
+    y_layout, dx_layout = _layouts(shape, block_size, rows.shape[0])
+    return make_flat_plan(rows, cols, y_layout, xp), make_flat_plan(cols, rows, dx_layout, xp)
 
 
 def _check_positions(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:

@@ -4,7 +4,7 @@
                with `transpose`, y[g] = x[g] @ W[g].T,  x (G, M, N)       ->  y (G, M, K)
     sddmm_p:   data[g] = the blocks of x[g].T @ dy[g]                     ->  data (G, nnz, b, b)
 
-W is what `data` and the six index arrays of a BlockPattern, (G, ...) too, describe. An operand whose leading size is 1
+W is what `data` and the index arrays of a BlockPattern, (G, ...) too, describe. An operand whose leading size is 1
 is shared by the whole batch. Both are linear in each float operand, and each other's transposes, so these few rules
 give forward and reverse mode to any order.
 """

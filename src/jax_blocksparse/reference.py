@@ -26,7 +26,7 @@ def matmul(
     """What `matmul_p` computes, operand for operand."""
 
     def one(x: jax.Array, data: jax.Array, indices: tuple[jax.Array, ...]) -> jax.Array:
-        rows, cols, col_ptr, col_order, row_ptr, row_order = indices
+        rows, cols, col_ptr, col_order, row_ptr, row_order, *_ = indices
         ptr, order, inner = (row_ptr, row_order, cols) if transpose else (col_ptr, col_order, rows)
         in_size, out_size = shape[::-1] if transpose else shape
         return _matmul(x, data.mT if transpose else data, ptr, order, inner, in_size, out_size, precision)

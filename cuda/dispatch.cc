@@ -1,0 +1,115 @@
+#include "dispatch.h"
+
+#include "kernels.h"
+#include "sm90/matmul.h"
+#include "sm90/pack.h"
+
+namespace jax_blocksparse {
+namespace {
+
+struct Device {
+  int sm_count = 0;
+  int major = 0;
+};
+
+cudaError_t CurrentDevice(Device* found) {
+  int device;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&found->sm_count, cudaDevAttrMultiProcessorCount, device);
+      error != cudaSuccess) {
+    return error;
+  }
+  return cudaDeviceGetAttribute(&found->major, cudaDevAttrComputeCapabilityMajor, device);
+}
+
+// The mma.sync kernels; the rest is plain FMA.
+bool UsesTensorCores(ElementType type, int block) { return Is16Bit(type) && block >= 16; }
+
+// Large tiles reuse more, but only if there are enough of them for every SM.
+TileSize ChooseTileSize(std::int64_t large_ctas, int sm_count) {
+  return large_ctas < sm_count ? TileSize::kSmall : TileSize::kLarge;
+}
+
+sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan) {
+  const bool packs = plan.workspace != nullptr;
+  sm90::MatmulParams to;
+  to.x = p.x;
+  to.data = packs ? plan.workspace : p.data;
+  to.tiles = plan.plan + plan.layout.tiles;
+  to.steps = plan.plan + plan.layout.steps;
+  to.masks = plan.plan + plan.layout.masks;
+  to.y = p.y;
+  to.batch = p.batch;
+  to.x_batch = p.x_batch_stride == 0 ? 1 : p.batch;
+  to.data_batch = p.data_batch_stride == 0 && (!packs || plan.batch == 1) ? 1 : p.batch;
+  to.plan_batch_stride = plan.batch == 1 ? 0 : plan.layout.size;
+  to.tokens = p.tokens;
+  to.in_features = p.in_features;
+  to.out_features = p.out_features;
+  to.nnz = p.nnz;
+  to.block = p.block;
+  to.tile_features = plan.tile_features;
+  to.max_steps = static_cast<std::int32_t>(plan.layout.max_steps);
+  to.capacity = plan.capacity;
+  to.type = p.type;
+  to.transpose = p.transpose && !packs;  // packing transposes
+  to.f32_output = p.f32_output;
+  return to;
+}
+
+sm90::PackParams PackingFor(const MatmulParams& p, const MatmulPlan& plan, const sm90::MatmulParams& product) {
+  sm90::PackParams to;
+  to.data = p.data;
+  to.order = plan.plan + plan.layout.order;
+  to.inner = p.inner;
+  to.packed = plan.workspace;
+  to.batch = product.data_batch;
+  to.data_batch_stride = p.data_batch_stride;
+  to.order_batch_stride = product.plan_batch_stride;
+  to.inner_batch_stride = p.order_batch_stride;
+  to.in_features = p.in_features;
+  to.nnz = p.nnz;
+  to.block = p.block;
+  to.transpose = p.transpose;
+  return to;
+}
+
+}  // namespace
+
+cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, cudaStream_t stream) {
+  if (!Is16Bit(params.type)) return LaunchMatmulSimt(params, stream);
+  Device device;
+  if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
+
+  // Few tokens: the time goes into reading the blocks, for which the kernels below want no order and no tile.
+  const bool is_small_batch = params.tokens <= 64;
+  if (!is_small_batch && device.major == 9 && plan.plan != nullptr) {
+    const sm90::MatmulParams product = HopperParams(params, plan);
+    if (sm90::CanLaunchMatmul(product)) {
+      if (plan.workspace != nullptr) {
+        const cudaError_t error = sm90::LaunchPack(PackingFor(params, plan, product), stream);
+        if (error != cudaSuccess) return error;
+      }
+      return params.type == ElementType::kBF16 ? sm90::LaunchMatmulBF16(product, stream)
+                                               : sm90::LaunchMatmulF16(product, stream);
+    }
+  }
+
+  if (!UsesTensorCores(params.type, params.block)) return LaunchMatmulSimt(params, stream);
+  // Half of a large tile would be empty up to 64 tokens.
+  const TileSize size =
+      is_small_batch ? TileSize::kSmall : ChooseTileSize(MatmulMmaCtas(params, TileSize::kLarge), device.sm_count);
+  return params.type == ElementType::kBF16 ? LaunchMatmulMmaBF16(params, size, stream)
+                                           : LaunchMatmulMmaF16(params, size, stream);
+}
+
+cudaError_t Run(const SddmmParams& params, cudaStream_t stream) {
+  if (!UsesTensorCores(params.type, params.block)) return LaunchSddmmSimt(params, stream);
+  Device device;
+  if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
+  const TileSize size = ChooseTileSize(SddmmMmaCtas(params, TileSize::kLarge), device.sm_count);
+  return params.type == ElementType::kBF16 ? LaunchSddmmMmaBF16(params, size, stream)
+                                           : LaunchSddmmMmaF16(params, size, stream);
+}
+
+}  // namespace jax_blocksparse
