@@ -59,9 +59,9 @@ __device__ __forceinline__ const int4* StepOf(const KernelParams& p, const Tile&
 }
 
 // The tiles of one CTA (or cluster), of kTokens tokens each. CTAs that run together share tokens, so that x is read
-// from memory once, and W comes from L2: if it is too large for that, a band of feature tiles at a time. Among the
-// tiles of the same tokens those with most work go first. Every other round goes through the CTAs backwards, so that
-// who had more work has less the next time.
+// from memory once, and W comes from L2: if it is too large for that, a band of feature tiles at a time. The tiles of
+// the same tokens go from most work to least, those of the next tokens the other way round, and so on: who had more
+// work has less the next time. The last ones end with the least.
 template <int kTokens, int kFeatures>
 class TileList {
  public:
@@ -69,8 +69,7 @@ class TileList {
 
   __device__ Tile Load(int round) const {
     const std::int64_t per_batch = static_cast<std::int64_t>(p_.token_tiles) * p_.feature_tiles;
-    const std::int64_t index =
-        static_cast<std::int64_t>(round) * workers_ + (round % 2 == 0 ? worker_ : workers_ - 1 - worker_);
+    const std::int64_t index = static_cast<std::int64_t>(round) * workers_ + worker_;
     Tile tile{0, 0, 0, 0, -1};
     if (index >= per_batch * p_.batch) return tile;
     tile.batch = static_cast<int>(index / per_batch);
@@ -78,9 +77,11 @@ class TileList {
     const int first = rest / (p_.band * p_.token_tiles) * p_.band;
     const int width = min(p_.band, p_.feature_tiles - first);
     rest -= first * p_.token_tiles;
-    tile.token = rest / width * kTokens;
+    const int row = rest / width, place = rest % width;
+    const bool is_reversed = (p_.token_tiles - row) % 2 == 0;
+    tile.token = row * kTokens;
     const int4* entries = reinterpret_cast<const int4*>(p_.tiles + tile.batch * p_.plan_batch_stride);
-    const int4 entry = __ldg(entries + first + rest % width);
+    const int4 entry = __ldg(entries + first + (is_reversed ? width - 1 - place : place));
     tile.feature = max(0, min(entry.x, p_.feature_tiles - 1)) * kFeatures;
     tile.first_step = max(0, min(entry.y, p_.max_steps));
     tile.steps = max(0, min(entry.z, p_.max_steps - tile.first_step));
@@ -117,11 +118,9 @@ class Ring {
   __device__ bool IsFull() const { return TestBarrier(full(), phase_); }
   __device__ void WaitFull() const { WaitBarrier(full(), phase_); }
   __device__ void WaitEmpty() const { WaitBarrier(empty(), phase_ ^ 1); }
-  // By fewer steps than there are stages.
-  __device__ void Advance(int steps = 1) {
-    stage_ += steps;
-    if (stage_ >= stages_) {
-      stage_ -= stages_;
+  __device__ void Advance() {
+    if (++stage_ == stages_) {
+      stage_ = 0;
       phase_ ^= 1;
     }
   }
@@ -133,42 +132,33 @@ class Ring {
   std::uint32_t phase_ = 0;
 };
 
-// Copying takes one thread a few hundred cycles a step, longer than the tensor cores take for a step with few blocks.
-constexpr int kProducers = 3;  // warps that copy
-static_assert(kProducers * 32 <= kProducerThreads);
-
-// The work of one of the warps that copy: every kProducers-th step. Calls copy(tile, step, ring) in one lane when the
-// step's stage is empty. The warp stays converged: shuffles in a warp that is not cost several times as much.
+// The work of the warp that copies: calls copy(tile, step, ring) in one lane when the step's stage is empty. The warp
+// stays converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.
 template <typename Tiles, typename Copy>
-__device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int producer, int lane,
+__device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int lane,
                                         const Copy& copy) {
-  constexpr int kWindow = 32 * kProducers;  // a step in each lane
   const auto load = [&](const Tile& tile, int first) {
-    const int i = first + lane * kProducers;
+    const int i = first + lane;
     return i < tile.steps ? __ldg(StepOf(p, tile, i)) : int4{};
   };
-  ring.Advance(producer);
-  int first = producer;  // the warp's first step of the tile
   Tile tile = tiles.Load(0);
-  int4 next = load(tile, first);
+  int4 next = load(tile, 0);
   for (int round = 1; tile.steps >= 0; ++round) {
     const Tile following = tiles.Load(round);
-    const int following_first = (first - tile.steps % kProducers + kProducers) % kProducers;
-    for (bool is_last = false; !is_last; first += kWindow) {
-      is_last = first + kWindow >= tile.steps;
-      const int4 window = next;
-      next = is_last ? load(following, following_first) : load(tile, first + kWindow);
-      const int count = min(32, (tile.steps - first + kProducers - 1) / kProducers);
+    if (tile.steps == 0) next = load(following, 0);
+    for (int first = 0; first < tile.steps; first += 32) {
+      const int4 window = next;  // a step in each lane
+      next = first + 32 < tile.steps ? load(tile, first + 32) : load(following, 0);
+      const int count = min(32, tile.steps - first);
       for (int i = 0; i < count; ++i) {
         const int4 step = {__shfl_sync(kAllLanes, window.x, i), __shfl_sync(kAllLanes, window.y, i),
                            __shfl_sync(kAllLanes, window.z, i), 0};
         ring.WaitEmpty();
         if (lane == 0) copy(tile, step, ring);
         __syncwarp();
-        ring.Advance(kProducers);
+        ring.Advance();
       }
     }
-    first = following_first;
     tile = following;
   }
 }

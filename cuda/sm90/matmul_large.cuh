@@ -89,8 +89,7 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
         }
       }
     };
-    const int producer = warp - L::kWarpgroups * 4;
-    if (producer < kProducers) Produce(p, tiles, ring, producer, lane, copy);
+    if (warp == L::kWarpgroups * 4) Produce(p, tiles, ring, lane, copy);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(L::kWarpgroups)>();

@@ -163,8 +163,7 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
       LoadBytes(to + S::kXBytes, static_cast<const unsigned char*>(p.packed) + block * S::kBlockBytes, bytes,
                 ring.full());
     };
-    const int producer = warp - S::kWarpgroups * 4;
-    if (producer < kProducers) Produce(p, tiles, ring, producer, lane, copy);
+    if (warp == S::kWarpgroups * 4) Produce(p, tiles, ring, lane, copy);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(S::kWarpgroups)>();
@@ -294,7 +293,6 @@ cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
   p.packed = params.data;
   p.capacity = params.capacity;
   p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
-  if (p.stages < kProducers) return cudaErrorInvalidValue;
   const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
   constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
   return LaunchPersistent<kKernel, 1>(p, tiles, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
