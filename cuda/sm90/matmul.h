@@ -18,6 +18,18 @@ constexpr int kChunk = 64;  // input features a step
 // The number of features whose blocks share a word of the plan's masks.
 constexpr int SliceFeatures(int block) { return block < 16 ? 16 : block; }
 
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+
+// What is done to a product before it is rounded: y = act(sum + bias) * scale. A null pointer leaves its part out.
+struct Epilogue {
+  const void* bias = nullptr;  // (out_features), of the element type
+  Activation activation = Activation::kNone;
+  void* derivative = nullptr;   // (batch, tokens, out_features), like y: act'(sum + bias), if there is an activation
+  const void* scale = nullptr;  // (batch, tokens, out_features), of the element type
+
+  constexpr bool IsEmpty() const { return bias == nullptr && activation == Activation::kNone && scale == nullptr; }
+};
+
 // A batch size of 1 shares an operand between all batch elements.
 struct MatmulParams {
   const void* x;  // (x_batch, tokens, in_features)
@@ -41,13 +53,15 @@ struct MatmulParams {
   ElementType type;            // of x and data: kBF16 or kF16
   bool transpose;              // blocks of 64 and 128: multiply with their transposes
   bool f32_output;             // y is float, else it has the element type
+  Epilogue epilogue;
 };
 
 // Whether the kernels take these operands: tensor copies want rows at multiples of 16 bytes.
 inline bool CanLaunchMatmul(const MatmulParams& p) {
   const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
   return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.tiles) && is_aligned(p.steps) &&
-         p.in_features % 8 == 0 && p.out_features % (p.f32_output ? 4 : 8) == 0;
+         is_aligned(p.epilogue.bias) && is_aligned(p.epilogue.derivative) && is_aligned(p.epilogue.scale) &&
+         p.in_features % 8 == 0 && p.out_features % (p.f32_output && p.epilogue.IsEmpty() ? 4 : 8) == 0;
 }
 
 cudaError_t LaunchMatmulBF16(const MatmulParams& params, cudaStream_t stream);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../launch.cuh"
+#include "epilogue.cuh"
 #include "matmul.h"
 #include "ptx.cuh"
 #include "tensor_map.h"
@@ -32,13 +33,15 @@ struct KernelParams {
   CUtensorMap y;
   CUtensorMap w;       // large blocks
   const void* packed;  // small blocks
+  Epilogue epilogue;
+  void* y_array;  // what `y` describes
   const std::int32_t* tiles;
   const std::int32_t* steps;
   const std::int32_t* masks;
   std::int64_t plan_batch_stride;
   int batch, token_tiles, feature_tiles;
   int band;  // feature tiles
-  int in_features;
+  int tokens, in_features, out_features;
   int nnz;
   int max_steps;
   int capacity;
@@ -183,7 +186,9 @@ class OutputWriter {
       : p_(p), buffers_(buffers), sync_(warpgroup + 1), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
 
   __device__ void Write(const float (&sum)[kTokens / 2], int feature, int token, int batch) {
-    if (p_.f32_output) {
+    if (!p_.epilogue.IsEmpty()) {
+      FinishAndWrite(sum, feature, token, batch);
+    } else if (p_.f32_output) {
       WritePieces<32>(sum, feature, token, batch);
     } else {
       WritePieces<64>(sum, feature, token, batch);
@@ -221,6 +226,32 @@ class OutputWriter {
           StoreTensor(&p_.y, feature + 32, first, batch, buffer + kPieceBytes / 2);
         }
         CommitStores();
+      }
+    }
+  }
+
+  // Brings the sums into the order of y, through shared memory and piece by piece, finishes them there and stores them.
+  __device__ void FinishAndWrite(const float (&sum)[kTokens / 2], int feature, int token, int batch) const {
+    constexpr int kPieceTokens = 32, kEights = kGroup / 8;
+#pragma unroll 1
+    for (int piece = 0; piece < kTokens / kPieceTokens; ++piece) {
+      SyncWarpgroup(sync_);
+#pragma unroll
+      for (int i = 0; i < kTokens / kPieceTokens; ++i) {
+        if (i == piece) StageFloats(sum + i * (kPieceTokens / 2), buffers_);
+      }
+      SyncWarpgroup(sync_);
+#pragma unroll 1
+      for (int i = threadIdx.x % 128; i < kPieceTokens * kEights; i += 128) {
+        const int row = i / kEights, eight = i % kEights;
+        const int t = token + piece * kPieceTokens + row, f = feature + eight * 8;
+        if (t >= p_.tokens || f >= p_.out_features) continue;
+        const std::uint32_t half = buffers_ + eight / 4 * (kPieceBytes / 2);
+        float values[8];
+        LoadShared16(half + Swizzled(row, eight % 4 * 2), values);
+        LoadShared16(half + Swizzled(row, eight % 4 * 2 + 1), values + 4);
+        const std::int64_t index = (static_cast<std::int64_t>(batch) * p_.tokens + t) * p_.out_features + f;
+        FinishEight<T>(p_.epilogue, p_.y_array, p_.f32_output, index, f, values);
       }
     }
   }
@@ -280,7 +311,11 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
   constexpr std::int64_t kBandBytes = 20 << 20;  // less than half of L2
   const std::int64_t w_bytes = std::max<std::int64_t>(1, std::int64_t{from.nnz} * from.block * from.block * 2);
   to->band = static_cast<int>(std::clamp<std::int64_t>(kBandBytes * to->feature_tiles / w_bytes, 1, to->feature_tiles));
+  to->epilogue = from.epilogue;
+  to->y_array = from.y;
+  to->tokens = static_cast<int>(from.tokens);
   to->in_features = from.in_features;
+  to->out_features = from.out_features;
   to->nnz = from.nnz;
   to->max_steps = from.max_steps;
   to->x_shared = from.x_batch == 1;
@@ -291,15 +326,9 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
 
 // One CTA for each SM, or as many as there are tiles, in clusters of kCluster.
 template <auto kKernel, int kCluster>
-cudaError_t LaunchPersistent(const KernelParams& params, std::int64_t tiles, int threads, int shared_bytes,
+cudaError_t LaunchPersistent(const KernelParams& params, std::int64_t tiles, int sms, int threads, int shared_bytes,
                              cudaStream_t stream) {
   if (const cudaError_t error = AllowSharedMemory<kKernel>(kMaxSharedBytes); error != cudaSuccess) return error;
-  int device, sms;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-      error != cudaSuccess) {
-    return error;
-  }
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kCluster, 1, 1};

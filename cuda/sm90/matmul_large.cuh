@@ -15,9 +15,9 @@
 
 namespace jax_blocksparse::sm90 {
 
-template <int kBlock>
+template <int kBlock, int kTileTokens>
 struct LargeTile {
-  static constexpr int kTokens = 256;
+  static constexpr int kTokens = kTileTokens;
   static constexpr int kFeatures = 128;
   static constexpr int kWarpgroups = kFeatures / kGroup;
   static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
@@ -30,7 +30,7 @@ struct LargeTile {
   static_assert(kBlock == 64 || kBlock == 128,
                 "a chunk is a block's depth or half of it, a group its width or half of it");
   static_assert(kWarpgroups == 2, "a step names two pieces of W");
-  static_assert(kTokens == 256, "the width of the product");
+  static_assert(kTokens == 64 || kTokens == 256, "there are products for these widths");
   static_assert(kPieceOfW % kAlignment == 0 && kXBytes % kAlignment == 0);
   static_assert(kStages >= 3, "one multiplied, one released late, one filled");
 };
@@ -46,10 +46,10 @@ __device__ __forceinline__ void ClearBeyond(std::uint32_t piece, int depth) {
 }
 
 // Steps are (chunk, id of the first group's block, id of the second's, unused); absent ids are negative.
-template <typename T, int kBlock, bool kTranspose, int kCluster>
-__global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
+template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster>
+__global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
     MatmulLargeKernel(const __grid_constant__ KernelParams p) {
-  using L = LargeTile<kBlock>;
+  using L = LargeTile<kBlock, kTileTokens>;
   extern __shared__ unsigned char shared[];
   __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
 
@@ -171,9 +171,9 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
   if constexpr (kCluster > 1) SyncCluster();
 }
 
-template <typename T, int kBlock, bool kTranspose, int kCluster>
-cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
-  using L = LargeTile<kBlock>;
+template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster>
+cudaError_t LaunchLarge(const MatmulParams& params, int sms, cudaStream_t stream) {
+  using L = LargeTile<kBlock, kTileTokens>;
   KernelParams p;
   cudaError_t error = FillParams<T>(params, L::kTokens, &p);
   if (error != cudaSuccess) return error;
@@ -187,8 +187,8 @@ cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
                           {params.data, kType, 2, kBlock, rows, static_cast<std::uint64_t>(params.data_batch), kChunk});
   if (error != cudaSuccess) return error;
   const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
-  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kCluster>, kCluster>(p, tiles, L::kThreads,
-                                                                                        L::kSharedBytes, stream);
+  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster>, kCluster>(
+      p, tiles, sms, L::kThreads, L::kSharedBytes, stream);
 }
 
 }  // namespace jax_blocksparse::sm90

@@ -40,7 +40,7 @@ struct SmallTile {
   static constexpr int kMinCapacity = kSliceFeatures * kChunk / (kBlock * kBlock);  // what a word can name
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32);
   static_assert(kGroups * kParts == kOwnGroups * kWarpgroups && kFeatures % kGroup == 0, "the work is split evenly");
-  static_assert(kOwnTokens == 128 || kOwnTokens == 256, "there are products for these widths");
+  static_assert(kOwnTokens == 64 || kOwnTokens == 128 || kOwnTokens == 256, "there are products for these widths");
   static_assert(kOwnGroups * kOwnTokens <= 256, "the sums fit into registers");
   static_assert(kTokens <= 256, "one box of a tensor copy");
   static_assert(kFullCapacity <= 256, "eight bits of a mask's first position");
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
 }
 
 template <typename T, int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
-cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
+cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream) {
   using S = SmallTile<kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
   if (params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) return cudaErrorInvalidValue;
   KernelParams p;
@@ -295,7 +295,7 @@ cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
   p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
   const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
   constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
-  return LaunchPersistent<kKernel, 1>(p, tiles, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
+  return LaunchPersistent<kKernel, 1>(p, tiles, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
                                       stream);
 }
 
