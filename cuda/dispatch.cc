@@ -74,9 +74,7 @@ sm90::PackParams PackingFor(const MatmulParams& p, const MatmulPlan& plan, const
   return to;
 }
 
-}  // namespace
-
-cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, cudaStream_t stream) {
+cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, cudaStream_t stream) {
   if (!Is16Bit(params.type)) return LaunchMatmulSimt(params, stream);
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
@@ -101,6 +99,13 @@ cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, cudaStream_t
       is_small_batch ? TileSize::kSmall : ChooseTileSize(MatmulMmaCtas(params, TileSize::kLarge), device.sm_count);
   return params.type == ElementType::kBF16 ? LaunchMatmulMmaBF16(params, size, stream)
                                            : LaunchMatmulMmaF16(params, size, stream);
+}
+
+}  // namespace
+
+cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, cudaStream_t stream) {
+  const cudaError_t error = RunProduct(params, plan, stream);
+  return error != cudaSuccess || epilogue.IsIdentity() ? error : LaunchEpilogue(params, epilogue, stream);
 }
 
 cudaError_t Run(const SddmmParams& params, cudaStream_t stream) {

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "epilogue.h"
 #include "matmul_plan.h"
 #include "problem.h"
 
@@ -18,7 +19,7 @@ struct MatmulPlan {
   void* workspace = nullptr;  // room for the blocks of all batch elements of data or plan; null if none was asked for
 };
 
-cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, cudaStream_t stream);
+cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, cudaStream_t stream);
 cudaError_t Run(const SddmmParams& params, cudaStream_t stream);
 
 }  // namespace jax_blocksparse

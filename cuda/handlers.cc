@@ -14,6 +14,7 @@ namespace {
 
 namespace ffi = ::xla::ffi;
 using Stream = ffi::PlatformStream<cudaStream_t>;
+using Bias = ffi::Buffer<ffi::F32, 2>;
 
 // What every kernel here asks of a product beyond what decoding has checked.
 ffi::Error CheckSupported(const char* target, ElementType type, const void* data) {
@@ -63,9 +64,45 @@ ffi::ErrorOr<MatmulPlan> DecodePlan(const char* target, const MatmulParams& para
   return decoded;
 }
 
-ffi::Error Matmul(cudaStream_t stream, bool transpose, std::int32_t tile_features, std::int32_t capacity,
-                  ffi::AnyBuffer x, ffi::AnyBuffer data, Indices ptr, Indices order, Indices inner, Indices plan,
-                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> workspace) {
+ffi::ErrorOr<Epilogue> DecodeEpilogue(const char* target, const MatmulParams& params, std::int32_t activation,
+                                      const Bias& bias, const ffi::AnyBuffer& scale, const ffi::AnyBuffer& y,
+                                      ffi::AnyBuffer& slope) {
+  const auto error = [&](const char* what) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(std::string(target) + ": " + what));
+  };
+  Epilogue decoded;
+  if (activation < 0 || activation > static_cast<std::int32_t>(Activation::kSilu)) return error("no such activation");
+  decoded.activation = static_cast<Activation>(activation);
+  if (bias.element_count() != 0) {
+    const auto dims = bias.dimensions();
+    if ((dims[0] != 1 && dims[0] != params.batch) || dims[1] != params.out_features) {
+      return error("bias must have shape (batch or 1, features of y)");
+    }
+    decoded.bias = bias.typed_data();
+    decoded.bias_batch_stride = dims[0] == 1 ? 0 : params.out_features;
+  }
+  if (scale.element_count() != 0) {
+    const auto dims = scale.dimensions(), y_dims = y.dimensions();
+    if (dims.size() != 3 || (dims[0] != 1 && dims[0] != y_dims[0]) || dims[1] != y_dims[1] || dims[2] != y_dims[2] ||
+        scale.element_type() != y.element_type()) {
+      return error("scale must have the shape and element type of y, or 1 in front");
+    }
+    decoded.scale = scale.untyped_data();
+    decoded.scale_batch_stride = dims[0] == 1 ? 0 : params.tokens * params.out_features;
+  }
+  if (slope.element_count() != 0) {
+    if (slope.element_count() != y.element_count() || slope.element_type() != y.element_type()) {
+      return error("slope must have the shape and element type of y");
+    }
+    decoded.slope = slope.untyped_data();
+  }
+  return decoded;
+}
+
+ffi::Error Matmul(cudaStream_t stream, bool transpose, std::int32_t activation, std::int32_t tile_features,
+                  std::int32_t capacity, ffi::AnyBuffer x, ffi::AnyBuffer data, Indices ptr, Indices order,
+                  Indices inner, Indices plan, Bias bias, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> y,
+                  ffi::Result<ffi::AnyBuffer> slope, ffi::Result<ffi::AnyBuffer> workspace) {
   constexpr char kTarget[] = "jax_blocksparse.matmul";
   const auto params = DecodeMatmul(x, data, ptr, order, inner, *y, transpose);
   if (params.has_error()) return params.error();
@@ -73,7 +110,9 @@ ffi::Error Matmul(cudaStream_t stream, bool transpose, std::int32_t tile_feature
   if (const ffi::Error error = CheckSupported(kTarget, params->type, params->data); error.failure()) return error;
   const auto decoded = DecodePlan(kTarget, *params, plan, *workspace, tile_features, capacity);
   if (decoded.has_error()) return decoded.error();
-  return LaunchResult(kTarget, Run(*params, *decoded, stream));
+  const auto epilogue = DecodeEpilogue(kTarget, *params, activation, bias, scale, *y, *slope);
+  if (epilogue.has_error()) return epilogue.error();
+  return LaunchResult(kTarget, Run(*params, *decoded, *epilogue, stream));
 }
 
 ffi::Error Sddmm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer dy, Indices rows, Indices cols,
@@ -92,6 +131,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseMatmulCuda, Matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
                                   .Attr<bool>("transpose")
+                                  .Attr<std::int32_t>("activation")
                                   .Attr<std::int32_t>("tile_features")
                                   .Attr<std::int32_t>("capacity")
                                   .Arg<ffi::AnyBuffer>()   // x
@@ -100,7 +140,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseMatmulCuda, Matmul,
                                   .Arg<Indices>()          // order
                                   .Arg<Indices>()          // inner
                                   .Arg<Indices>()          // plan
+                                  .Arg<Bias>()             // bias
+                                  .Arg<ffi::AnyBuffer>()   // scale
                                   .Ret<ffi::AnyBuffer>()   // y
+                                  .Ret<ffi::AnyBuffer>()   // slope
                                   .Ret<ffi::AnyBuffer>(),  // workspace
                               {ffi::Traits::kCmdBufferCompatible});
 

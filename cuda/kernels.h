@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "epilogue.h"
 #include "problem.h"
 
 namespace jax_blocksparse {
@@ -37,5 +38,8 @@ cudaError_t LaunchSddmmMmaF16(const SddmmParams& params, TileSize size, cudaStre
 // Plain FMA: float32 in any block size, 16-bit elements in blocks of 8.
 cudaError_t LaunchMatmulSimt(const MatmulParams& params, cudaStream_t stream);
 cudaError_t LaunchSddmmSimt(const SddmmParams& params, cudaStream_t stream);
+
+// Applies an epilogue to a product that has been written.
+cudaError_t LaunchEpilogue(const MatmulParams& product, const Epilogue& epilogue, cudaStream_t stream);
 
 }  // namespace jax_blocksparse

@@ -12,6 +12,7 @@ from jax_blocksparse import patterns
 from jax_blocksparse._native import Availability, has_cpu, has_cuda
 from jax_blocksparse.lowering import DISABLED_EXPORT_CHECKS
 from jax_blocksparse.matrix import BlockSparseMatrix
+from jax_blocksparse.mlp import mlp
 from jax_blocksparse.ops import matmul, sddmm
 from jax_blocksparse.pattern import BLOCK_SIZES, BlockPattern
 
@@ -26,6 +27,7 @@ __all__ = [
     "has_cpu",
     "has_cuda",
     "matmul",
+    "mlp",
     "patterns",
     "sddmm",
 ]

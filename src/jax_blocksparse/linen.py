@@ -101,13 +101,13 @@ class BlockSparseDense(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         self.variable(PATTERN_COLLECTION, PATTERN_NAME, lambda: pattern)
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        y = matmul(
+        return matmul(
             inputs,
             BlockSparseMatrix(kernel, pattern),
+            bias=bias,
             precision=self.precision,
             implementation=self.implementation,
         )
-        return y if bias is None else y + bias
 
     def _stored_pattern(self, shape: tuple[int, int]) -> BlockPattern | None:
         """The pattern in the variables, or None while the layer is being initialised."""

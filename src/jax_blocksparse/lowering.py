@@ -11,7 +11,9 @@ from jax.export import DisabledSafetyCheck
 from jax.interpreters import mlir
 from jax.sharding import AxisType
 
-from jax_blocksparse import _native, reference
+from jax_blocksparse import _native, epilogues, reference
+from jax_blocksparse.activations import ACTIVATIONS
+from jax_blocksparse.epilogues import matmul_act_p, scaled_matmul_p
 from jax_blocksparse.pattern import INDEX_NAMES
 from jax_blocksparse.plan import choose_layout
 from jax_blocksparse.primitives import matmul_p, sddmm_p
@@ -46,33 +48,68 @@ def _cpu_matmul(ctx, *operands, transpose, **_):
     return call(ctx, *(operands[place] for place in places), transpose=transpose)
 
 
-def _cuda_matmul(ctx, *operands, transpose, shape, **_):
-    places = _matmul_operands(transpose, plan=True)
-    x, data, *_, plan = avals = [ctx.avals_in[place] for place in places]
-    layout = choose_layout(*(shape[::-1] if transpose else shape), data.shape[-1], data.shape[1])
-    packs = layout.packs and x.dtype.itemsize == 2 and x.shape[1] > SMALL_BATCH
+def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=None, with_slope=False, **params):
+    """The custom call for y = act(x W + bias) * scale, which takes and gives empty arrays for what is left out.
+
+    Operands are pairs of a value and its type.
+    """
+    transpose, shape = params["transpose"], params["shape"]
+    operands = [x, data, *indices]
+    operands = [operands[place] for place in _matmul_operands(transpose, plan=True)]
+    for operand, empty in ((bias, ShapedArray((1, 0), np.float32)), (scale, ShapedArray((1, 0, 0), x[1].dtype))):
+        operands.append(operand or (mlir.ir_constant(np.zeros(empty.shape, empty.dtype)), empty))
+
+    layout = choose_layout(*(shape[::-1] if transpose else shape), data[1].shape[-1], data[1].shape[1])
+    packs = layout.packs and x[1].dtype.itemsize == 2 and x[1].shape[1] > SMALL_BATCH
+    batch = max(data[1].shape[0], indices[0][1].shape[0])
+    y = ctx.avals_out[0]
+    slope = y if with_slope else ShapedArray((0,), y.dtype)
     # Where the kernel wants the blocks in its own order, it puts them here.
-    workspace = ShapedArray((max(data.shape[0], plan.shape[0]), *data.shape[1:]) if packs else (0,), data.dtype)
-    ctx = ctx.replace(avals_in=avals, avals_out=[*ctx.avals_out, workspace])
-    call = jax.ffi.ffi_lowering(_native.MATMUL_TARGET)
-    return call(
+    workspace = ShapedArray((batch, *data[1].shape[1:]) if packs else (0,), data[1].dtype)
+
+    ctx = ctx.replace(avals_in=[aval for _, aval in operands], avals_out=[y, slope, workspace])
+    results = jax.ffi.ffi_lowering(_native.MATMUL_TARGET)(
         ctx,
-        *(operands[place] for place in places),
+        *(value for value, _ in operands),
         transpose=transpose,
+        activation=np.int32(ACTIVATIONS.index(activation)),
         tile_features=np.int32(layout.tile_features),
         capacity=np.int32(layout.capacity),
-    )[:1]
+    )
+    return results[: 2 if with_slope else 1]
+
+
+def _cuda_matmul(ctx, *operands, **params):
+    x, data, *indices = zip(operands, ctx.avals_in, strict=True)
+    return _cuda_product(ctx, x, data, indices, **params)
+
+
+def _cuda_matmul_act(ctx, *operands, **params):
+    x, data, bias, *indices = zip(operands, ctx.avals_in, strict=True)
+    return _cuda_product(ctx, x, data, indices, bias=bias, **params)
+
+
+def _cuda_scaled_matmul(ctx, *operands, side, **params):
+    x, scale, data, *indices = zip(operands, ctx.avals_in, strict=True)
+    return _cuda_product(ctx, x, data, indices, scale=scale, **params)
 
 
 def _sddmm_call(ctx, x, dy, rows, cols, *_, **__):
     return jax.ffi.ffi_lowering(_native.SDDMM_TARGET)(ctx.replace(avals_in=ctx.avals_in[:4]), x, dy, rows, cols)
 
 
-def _automatically_sharded(plain: Callable[..., Any], out: ShapedArray) -> Callable[..., Any]:
-    """Lets XLA find out how to shard each step of `plain`, whose types would have to say so on an explicit mesh."""
-    mesh = out.sharding.mesh
+def _lower_plain(ctx, plain: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    """Lowers a jax.numpy function, which returns a list where there are several results.
+
+    XLA finds out how to shard each of its steps, whose types would have to say so on an explicit mesh.
+    """
+    shardings = [aval.sharding for aval in ctx.avals_out]
+    mesh, several = shardings[0].mesh, ctx.primitive.multiple_results
     explicit = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit]
-    return jax.sharding.auto_axes(plain, axes=tuple(explicit), out_sharding=out.sharding) if explicit else plain
+    if explicit:
+        out_sharding = shardings if several else shardings[0]
+        plain = jax.sharding.auto_axes(plain, axes=tuple(explicit), out_sharding=out_sharding)
+    return mlir.lower_fun(plain, multiple_results=several)(ctx, *operands)
 
 
 def _rule(platform: str, native_call: Callable[..., Any] | None, reason: str, plain: Callable[..., Any]) -> Any:
@@ -86,9 +123,30 @@ def _rule(platform: str, native_call: Callable[..., Any] | None, reason: str, pl
         if implementation == "native" and missing:
             raise NotImplementedError(f"implementation='native' was asked for, but {missing}")
         if implementation == "xla" or missing:
-            function = _automatically_sharded(functools.partial(plain, precision=precision, **params), ctx.avals_out[0])
-            return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+            return _lower_plain(ctx, functools.partial(plain, precision=precision, **params), operands)
         return native_call(ctx, *operands, **params)
+
+    return rule
+
+
+def _composed(plain: Callable[..., Any]) -> Any:
+    """The lowering rule of a primitive with an epilogue, by those without."""
+
+    def rule(ctx, *operands, **params):
+        return _lower_plain(ctx, functools.partial(plain, **params), operands)
+
+    return rule
+
+
+def _fused(cuda_call: Callable[..., Any], plain: Callable[..., Any]) -> Any:
+    """The same for cuda, where the native kernels have epilogues."""
+
+    def rule(ctx, *operands, **params):
+        is_native = str(ctx.avals_in[0].dtype) in _DTYPES["cuda"] and params["implementation"] != "xla"
+        if ctx.primitive is scaled_matmul_p:  # the kernels scale their result, with numbers of its dtype
+            is_native &= params["side"] == "output" and ctx.avals_in[1].dtype == ctx.avals_out[0].dtype
+        rule = cuda_call if is_native else _composed(plain)
+        return rule(ctx, *operands, **params)
 
     return rule
 
@@ -109,3 +167,11 @@ for _primitive, _cpu_call, _cuda_call, _plain in (
             _rule(_platform, _call if _availability else None, _availability.reason, _plain),
             platform=_platform,
         )
+
+for _primitive, _cuda_call, _plain in (
+    (matmul_act_p, _cuda_matmul_act, epilogues.matmul_act),
+    (scaled_matmul_p, _cuda_scaled_matmul, epilogues.scaled_matmul),
+):
+    mlir.register_lowering(_primitive, _composed(_plain))
+    if _native.has_cuda():
+        mlir.register_lowering(_primitive, _fused(_cuda_call, _plain), platform="cuda")

@@ -127,13 +127,14 @@ class BlockSparseLinear(nnx.Module):
         y = matmul(
             inputs,
             BlockSparseMatrix(kernel, self.pattern.get_value()),
+            bias=bias,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
             implementation=self.implementation,
         )
         if out_sharding is not None:
             y = jax.sharding.reshard(y, out_sharding)
-        return y if bias is None else y + bias
+        return y
 
     @property
     def matrix(self) -> BlockSparseMatrix:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse import lowering as _lowering  # noqa: F401  (registers the rules)
+from jax_blocksparse.activations import Activation, check_activation
+from jax_blocksparse.epilogues import bind_act
 from jax_blocksparse.pattern import INDEX_NAMES, BlockPattern
 from jax_blocksparse.primitives import bind, matmul_p, merge_axes, sddmm_p, split_axis
 
@@ -23,18 +25,24 @@ def matmul(
     x: ArrayLike,
     w: "BlockSparseMatrix",
     *,
+    bias: ArrayLike | None = None,
+    activation: Activation | None = None,
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """The product x @ w of a dense array with a block-sparse matrix, with any leading dimensions.
 
-    Sums are accumulated in float32 (float64 for float64). Differentiable to any order in `x` and `w.data`; cotangents
-    are rounded to the dtype of the operands, as XLA rounds the operands of a dense product.
+    With bias or activation it is act(x @ w + bias), which the CUDA kernels compute before they write the result. Sums
+    are accumulated in float32 (float64 for float64). Differentiable to any order in `x`, `w.data` and `bias`;
+    cotangents are rounded to the dtype of the operands, as XLA rounds the operands of a dense product.
 
     Args:
       x: (..., K), float32, float64, bfloat16 or float16.
       w: (K, N), a BlockSparseMatrix.
+      bias: (N,), added to every row of the product, in float32 at least.
+      activation: applied to the sum, in float32 at least: "relu", "gelu_exact" (by the error function), "gelu_tanh"
+        (its approximation, which is what `jax.nn.gelu` computes by default), "silu", or None.
       precision: as in `jnp.dot`, for what runs in plain XLA. The native kernels compute float32 as float32, which
         satisfies every precision.
       preferred_element_type: dtype of the result: that of the promoted inputs (default), or float32 for 16-bit inputs.
@@ -54,30 +62,24 @@ def matmul(
       >>> w = jbs.BlockSparseMatrix.fromdense(jnp.eye(64), block_size=16)
       >>> jbs.matmul(jnp.ones((2, 3, 64)), w).shape
       (2, 3, 64)
+      >>> jbs.matmul(jnp.ones((2, 64)), w, bias=-2 * jnp.ones(64), activation="relu").max()
+      Array(0., dtype=float32)
     """
-    from jax_blocksparse.matrix import BlockSparseMatrix
-
-    if not isinstance(w, BlockSparseMatrix):
-        raise TypeError(f"w must be a BlockSparseMatrix, got {type(w).__name__}; for w @ x write so, with the operator")
-    x = _as_floats("x", x)
-    pattern = w.pattern
-    _check_pattern("w.pattern", pattern)
-    data = _as_floats("w.data", w.data)
-    block = (pattern.nnz, pattern.block_size, pattern.block_size)
-    if data.shape != block:
-        raise ValueError(f"w.data must have shape (nnz, block_size, block_size) = {block}, got {data.shape}")
-    if x.ndim == 0 or x.shape[-1] != w.shape[0]:
-        raise ValueError(f"x must have {w.shape[0]} features (w has shape {w.shape}) in its last axis, got {x.shape}")
+    data = check_matrix("w", w)
+    x = check_features("x", x, "w", w.shape)
+    bias = check_bias("bias", bias, "w", w.shape)
     dtype = jnp.promote_types(x.dtype, data.dtype)
     return _matmul(
         x.astype(dtype),
         data.astype(dtype),
-        *pattern.indices,
+        bias,
+        *w.pattern.indices,
+        activation=check_activation(activation),
         transpose=w.transposed,
-        shape=pattern.shape,
+        shape=w.pattern.shape,
         out_dtype=_out_dtype(dtype, preferred_element_type),
-        precision=_precision(precision),
-        implementation=_implementation(implementation),
+        precision=check_precision(precision),
+        implementation=check_implementation(implementation),
     )
 
 
@@ -130,17 +132,22 @@ def sddmm(
         block_size=pattern.block_size,
         shape=pattern.shape,
         out_dtype=_out_dtype(dtype, preferred_element_type),
-        precision=_precision(precision),
-        implementation=_implementation(implementation),
+        precision=check_precision(precision),
+        implementation=check_implementation(implementation),
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("transpose", "shape", "out_dtype", "precision", "implementation"), inline=True
+    jax.jit,
+    static_argnames=("activation", "transpose", "shape", "out_dtype", "precision", "implementation"),
+    inline=True,
 )
-def _matmul(x, data, *indices, **params):
-    rows = merge_axes(x, 0, x.ndim - 1)
-    y = bind(matmul_p, rows[None], data[None], *(index[None] for index in indices), **params)
+def _matmul(x, data, bias, *indices, activation, **params):
+    rows, indices = merge_axes(x, 0, x.ndim - 1)[None], [index[None] for index in indices]
+    if bias is None and activation is None:
+        y = bind(matmul_p, rows, data[None], *indices, **params)
+    else:
+        y = bind_act(rows, data[None], bias, *indices, activation=activation, **params)
     return split_axis(y[0], 0, x, 0, x.ndim - 1)
 
 
@@ -150,6 +157,42 @@ def _matmul(x, data, *indices, **params):
 def _sddmm(x, dy, *indices, **params):
     x, dy = (merge_axes(each, 0, each.ndim - 1)[None] for each in (x, dy))
     return bind(sddmm_p, x, dy, *(index[None] for index in indices), **params)[0]
+
+
+def check_matrix(name: str, w: "BlockSparseMatrix") -> jax.Array:
+    """Returns the values of a matrix that is one and is whole, or raises TypeError or ValueError."""
+    from jax_blocksparse.matrix import BlockSparseMatrix
+
+    if not isinstance(w, BlockSparseMatrix):
+        raise TypeError(
+            f"{name} must be a BlockSparseMatrix, got {type(w).__name__}; for w @ x write so, with the operator"
+        )
+    _check_pattern(f"{name}.pattern", w.pattern)
+    data, pattern = _as_floats(f"{name}.data", w.data), w.pattern
+    block = (pattern.nnz, pattern.block_size, pattern.block_size)
+    if data.shape != block:
+        raise ValueError(f"{name}.data must have shape (nnz, block_size, block_size) = {block}, got {data.shape}")
+    return data
+
+
+def check_features(name: str, x: ArrayLike, w_name: str, w_shape: tuple[int, int]) -> jax.Array:
+    """Returns x as an array of floats that can be multiplied with the matrix, or raises TypeError or ValueError."""
+    x = _as_floats(name, x)
+    if x.ndim == 0 or x.shape[-1] != w_shape[0]:
+        raise ValueError(
+            f"{name} must have {w_shape[0]} features ({w_name} has shape {w_shape}) in its last axis, got {x.shape}"
+        )
+    return x
+
+
+def check_bias(name: str, bias: ArrayLike | None, w_name: str, w_shape: tuple[int, int]) -> jax.Array | None:
+    """Returns the bias as an array that fits the matrix, if there is one, or raises TypeError or ValueError."""
+    if bias is None:
+        return None
+    bias = _as_floats(name, bias)
+    if bias.shape != w_shape[1:]:
+        raise ValueError(f"{name} must have shape {w_shape[1:]} ({w_name} has shape {w_shape}), got {bias.shape}")
+    return bias
 
 
 def _as_floats(name: str, array: ArrayLike) -> jax.Array:
@@ -182,7 +225,8 @@ def _out_dtype(dtype: jnp.dtype, preferred: DTypeLike | None) -> str:
     return name
 
 
-def _precision(precision: jax.lax.PrecisionLike) -> jax.lax.Precision | None:
+def check_precision(precision: jax.lax.PrecisionLike) -> jax.lax.Precision | None:
+    """Returns the precision as JAX's enumeration, or raises ValueError."""
     if precision is None or isinstance(precision, jax.lax.Precision):
         return precision
     try:
@@ -192,7 +236,8 @@ def _precision(precision: jax.lax.PrecisionLike) -> jax.lax.Precision | None:
         raise ValueError(f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}") from None
 
 
-def _implementation(implementation: Implementation | None) -> Implementation | None:
+def check_implementation(implementation: Implementation | None) -> Implementation | None:
+    """Returns the implementation, or raises ValueError."""
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(f"implementation must be None, 'native' or 'xla', got {implementation!r}")
     return implementation

@@ -70,7 +70,8 @@ def _leading_spec(*operands: ShapedArray) -> object:
     return next((operand.sharding.spec[0] for operand in operands if operand.shape[0] == size), None)
 
 
-def _matmul_abstract(x, data, *indices, transpose, shape, out_dtype, **_):
+def matmul_abstract(x, data, *indices, transpose, shape, out_dtype, **_):
+    """The type of the result of `matmul_p`."""
     out_features = shape[0] if transpose else shape[1]
     spec = PartitionSpec(_leading_spec(x, data, indices[0]), x.sharding.spec[1], None)
     return x.update(
@@ -103,7 +104,7 @@ def _bilinear_jvp(primitive, primals, tangents, **params):
     return out, functools.reduce(ad.add_tangents, terms) if terms else ad.Zero(jax.typeof(out).to_tangent_aval())
 
 
-def _like(cotangent: jax.Array, operand: ShapedArray) -> jax.Array:
+def match_batch(cotangent: jax.Array, operand: ShapedArray) -> jax.Array:
     """Sums a cotangent over the batch if its operand was shared by it; on explicit meshes, shards it likewise."""
     if operand.shape[0] == 1 != cotangent.shape[0]:
         cotangent = cotangent.sum(0, keepdims=True)
@@ -120,7 +121,7 @@ def _matmul_transpose(ct, x, data, *indices, transpose, shape, out_dtype, **para
             return ad.Zero(x.aval), None, *nothing
         ct = ct.astype(data.dtype)
         dx = bind(matmul_p, ct, data, *indices, transpose=not transpose, shape=shape, out_dtype=x.aval.dtype, **params)
-        return _like(dx, x.aval), None, *nothing
+        return match_batch(dx, x.aval), None, *nothing
     if type(ct) is ad.Zero:
         return None, ad.Zero(data.aval), *nothing
     ct = ct.astype(x.dtype)
@@ -128,7 +129,7 @@ def _matmul_transpose(ct, x, data, *indices, transpose, shape, out_dtype, **para
     left, right = (ct, x) if transpose else (x, ct)
     block_size, dtype = data.aval.shape[-1], data.aval.dtype
     dw = bind(sddmm_p, left, right, *indices, block_size=block_size, shape=shape, out_dtype=dtype, **params)
-    return None, _like(dw, data.aval), *nothing
+    return None, match_batch(dw, data.aval), *nothing
 
 
 def _sddmm_transpose(ct, x, dy, *indices, block_size, shape, out_dtype, **params):
@@ -139,25 +140,25 @@ def _sddmm_transpose(ct, x, dy, *indices, block_size, shape, out_dtype, **params
             return ad.Zero(x.aval), None, *nothing
         ct = ct.astype(dy.dtype)
         dx = bind(matmul_p, dy, ct, *indices, transpose=True, shape=shape, out_dtype=x.aval.dtype, **params)
-        return _like(dx, x.aval), None, *nothing
+        return match_batch(dx, x.aval), None, *nothing
     if type(ct) is ad.Zero:
         return None, ad.Zero(dy.aval), *nothing
     ct = ct.astype(x.dtype)
     ddy = bind(matmul_p, x, ct, *indices, transpose=False, shape=shape, out_dtype=dy.aval.dtype, **params)
-    return None, _like(ddy, dy.aval), *nothing
+    return None, match_batch(ddy, dy.aval), *nothing
 
 
-def _fold_batch(args, dims):
+def fold_batch(args, dims, floats=2):
     """Merges the vmapped axes of all operands into their leading ones.
 
     Returns the operands, and one of them as it was before two axes became one. Only what both batches share stays of
-    leading size 1; the index arrays, which describe one pattern, stay together.
+    leading size 1; the index arrays behind the first `floats` operands, which describe one pattern, stay together.
     """
     size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None)
     args = [arg[None] if dim is None else jnp.moveaxis(arg, dim, 0) for arg, dim in zip(args, dims, strict=True)]
     batch = next((arg.shape[1] for arg in args if arg.shape[1] != 1), 1)
     shared = [dim is None and arg.shape[1] == 1 for arg, dim in zip(args, dims, strict=True)]
-    shared[2:] = [all(shared[2:])] * len(shared[2:])
+    shared[floats:] = [all(shared[floats:])] * len(shared[floats:])
     args = [
         arg if share else jnp.broadcast_to(arg, (size, batch, *arg.shape[2:]))
         for arg, share in zip(args, shared, strict=True)
@@ -168,7 +169,7 @@ def _fold_batch(args, dims):
 
 def _batch(primitive, args, dims, **params):
     """One call for the whole batch: vmapped axes become (part of) the leading axis that the primitives have anyway."""
-    operands, like = _fold_batch(args, dims)
+    operands, like = fold_batch(args, dims)
     return split_axis(bind(primitive, *operands, **params), 0, like, 0, 2), 0
 
 
@@ -183,7 +184,7 @@ def _matmul_batch(args, dims, **params):
 
 
 matmul_p.def_impl(functools.partial(xla.apply_primitive, matmul_p))
-matmul_p.def_abstract_eval(_matmul_abstract)
+matmul_p.def_abstract_eval(matmul_abstract)
 ad.primitive_jvps[matmul_p] = functools.partial(_bilinear_jvp, matmul_p)
 ad.primitive_transposes[matmul_p] = _matmul_transpose
 batching.primitive_batchers[matmul_p] = _matmul_batch
