@@ -9,9 +9,11 @@ from flax import serialization
 from flax.linen import dtypes
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_blocksparse.activations import Activation
 from jax_blocksparse.initializers import Initializer, init_blocks
 from jax_blocksparse.layers import check_fit, choose_pattern
 from jax_blocksparse.matrix import BlockSparseMatrix
+from jax_blocksparse.mlp import mlp
 from jax_blocksparse.ops import Implementation, matmul
 from jax_blocksparse.pattern import INDEX_NAMES, BlockPattern, check_is_pattern
 
@@ -76,7 +78,6 @@ class BlockSparseDense(nn.Module):
     pattern: BlockPattern | None = None
     implementation: Implementation | None = None
 
-    @nn.compact
     def __call__(self, inputs: ArrayLike) -> jax.Array:
         """Applies the layer to the last axis.
 
@@ -86,9 +87,22 @@ class BlockSparseDense(nn.Module):
         Returns:
           (..., features).
         """
+        matrix, bias = self.weights(jnp.shape(inputs)[-1])
+        inputs, kernel, bias = self.promote_dtype(inputs, matrix.data, bias, dtype=self.dtype)
+        return matmul(
+            inputs,
+            BlockSparseMatrix(kernel, matrix.pattern),
+            bias=bias,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+
+    @nn.compact
+    def weights(self, in_features: int) -> tuple[BlockSparseMatrix, jax.Array | None]:
+        """Returns kernel and bias in param_dtype; makes them while the variables are initialised."""
         if self.dot_general is not None or self.dot_general_cls is not None:
             raise ValueError("dot_general and dot_general_cls must be None: the product is not dense")
-        shape = (jnp.shape(inputs)[-1], self.features)
+        shape = (in_features, self.features)
         pattern = self._stored_pattern(shape)
 
         def init_kernel(key: jax.Array) -> jax.Array:
@@ -100,14 +114,7 @@ class BlockSparseDense(nn.Module):
         kernel = self.param("kernel", init_kernel)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         self.variable(PATTERN_COLLECTION, PATTERN_NAME, lambda: pattern)
-        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return matmul(
-            inputs,
-            BlockSparseMatrix(kernel, pattern),
-            bias=bias,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        return BlockSparseMatrix(kernel, pattern), bias
 
     def _stored_pattern(self, shape: tuple[int, int]) -> BlockPattern | None:
         """The pattern in the variables, or None while the layer is being initialised."""
@@ -122,6 +129,86 @@ class BlockSparseDense(nn.Module):
         check_is_pattern(f"the variable {PATTERN_NAME}", pattern)
         check_fit(pattern, shape, self.block_size)
         return pattern
+
+
+class BlockSparseMLP(nn.Module):
+    """The feed-forward layer of a Transformer, act(x W_up + b_up) W_down + b_down, with block-sparse kernels.
+
+    It computes what its two `BlockSparseDense` layers, `up` and `down`, would with the activation between them; bias
+    and activation are computed inside the CUDA kernels, forward and backward (see `jax_blocksparse.mlp`).
+
+    Attributes:
+      hidden_features: the number of features between the layers.
+      features: the number of output features; by default that of the input.
+      activation: "relu", "gelu_exact", "gelu_tanh" (what `nn.gelu` computes) or "silu".
+      use_bias: whether to add biases.
+      dtype: the dtype of the computation; by default that of input and parameters, promoted.
+      param_dtype: the dtype of the parameters.
+      precision: see `jax_blocksparse.matmul`.
+      kernel_init: initialiser of the kernels.
+      bias_init: initialiser of the biases.
+      block_size: of both kernels, see `BlockSparseDense`.
+      density: of both kernels, see `BlockSparseDense`.
+      up_pattern: the pattern of the first kernel, instead of block_size and density.
+      down_pattern: the pattern of the second kernel, likewise.
+      implementation: see `jax_blocksparse.matmul`.
+
+    Raises:
+      ValueError: as `BlockSparseDense`, and for an unknown activation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_blocksparse.linen import BlockSparseMLP
+      >>> mlp = BlockSparseMLP(1024, density=0.25)
+      >>> mlp.init_with_output(jax.random.key(0), jnp.ones((8, 256)))[0].shape
+      (8, 256)
+    """
+
+    hidden_features: int
+    features: int | None = None
+    activation: Activation = "gelu_tanh"
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    block_size: int | None = None
+    density: float | None = None
+    up_pattern: BlockPattern | None = None
+    down_pattern: BlockPattern | None = None
+    implementation: Implementation | None = None
+
+    @nn.compact
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
+        """Applies the layer to the last axis.
+
+        Args:
+          inputs: (..., in_features).
+
+        Returns:
+          (..., features).
+        """
+        in_features = jnp.shape(inputs)[-1]
+        names = ("use_bias", "param_dtype", "kernel_init", "bias_init", "block_size", "density")
+        options = {name: getattr(self, name) for name in names}
+        features = in_features if self.features is None else self.features
+        up = BlockSparseDense(self.hidden_features, pattern=self.up_pattern, name="up", **options)
+        down = BlockSparseDense(features, pattern=self.down_pattern, name="down", **options)
+        (w_in, bias_in), (w_out, bias_out) = up.weights(in_features), down.weights(self.hidden_features)
+        inputs, kernel_in, kernel_out, bias_in, bias_out = dtypes.promote_dtype(
+            inputs, w_in.data, w_out.data, bias_in, bias_out, dtype=self.dtype
+        )
+        return mlp(
+            inputs,
+            BlockSparseMatrix(kernel_in, w_in.pattern),
+            BlockSparseMatrix(kernel_out, w_out.pattern),
+            bias_in=bias_in,
+            bias_out=bias_out,
+            activation=self.activation,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
 
 
 def _to_state_dict(pattern: BlockPattern) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_blocksparse.activations import Activation, check_activation
 from jax_blocksparse.initializers import Initializer, init_blocks
 from jax_blocksparse.layers import choose_pattern
 from jax_blocksparse.matrix import BlockSparseMatrix
+from jax_blocksparse.mlp import mlp
 from jax_blocksparse.ops import Implementation, matmul
 from jax_blocksparse.pattern import BlockPattern
 
@@ -206,6 +208,109 @@ class BlockSparseLinear(nnx.Module):
         if self.use_bias:
             linear.bias[...] = self.bias[...]
         return linear
+
+
+class BlockSparseMLP(nnx.Module):
+    """The feed-forward layer of a Transformer, act(x W_up + b_up) W_down + b_down, with block-sparse kernels.
+
+    It computes what its two `BlockSparseLinear` layers would with the activation between them; bias and activation
+    are computed inside the CUDA kernels, forward and backward (see `jax_blocksparse.mlp`).
+
+    Args:
+      in_features: the number of input features.
+      hidden_features: the number of features between the layers.
+      out_features: the number of output features; by default in_features.
+      activation: "relu", "gelu_exact", "gelu_tanh" (what `nnx.gelu` computes) or "silu".
+      block_size: of both kernels, see `BlockSparseLinear`.
+      density: of both kernels, see `BlockSparseLinear`.
+      up_pattern: the pattern of the first kernel, instead of block_size and density.
+      down_pattern: the pattern of the second kernel, likewise.
+      use_bias: whether to add biases.
+      dtype: the dtype of the computation; by default that of input and parameters, promoted.
+      param_dtype: the dtype of the parameters.
+      precision: see `jax_blocksparse.matmul`.
+      kernel_init: initialiser of the kernels.
+      bias_init: initialiser of the biases.
+      implementation: see `jax_blocksparse.matmul`.
+      rngs: random keys, drawn from `params` for `up`, then for `down`.
+
+    Attributes:
+      up: `BlockSparseLinear`, in_features to hidden_features.
+      down: `BlockSparseLinear`, hidden_features to out_features.
+
+    Raises:
+      ValueError: as `BlockSparseLinear`, and for an unknown activation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_blocksparse.nnx import BlockSparseMLP
+      >>> mlp = BlockSparseMLP(256, 1024, block_size=32, density=0.25, rngs=nnx.Rngs(0))
+      >>> mlp(jnp.ones((8, 256))).shape
+      (8, 256)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        *,
+        activation: Activation = "gelu_tanh",
+        block_size: int | None = None,
+        density: float | None = None,
+        up_pattern: BlockPattern | None = None,
+        down_pattern: BlockPattern | None = None,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),  # noqa: B008 (as in nnx.Linear)
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.activation = check_activation(activation)
+        out_features = in_features if out_features is None else out_features
+        options = {
+            "block_size": block_size,
+            "density": density,
+            "use_bias": use_bias,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "precision": precision,
+            "kernel_init": kernel_init,
+            "bias_init": bias_init,
+            "implementation": implementation,
+            "rngs": rngs,
+        }
+        self.up = BlockSparseLinear(in_features, hidden_features, pattern=up_pattern, **options)
+        self.down = BlockSparseLinear(hidden_features, out_features, pattern=down_pattern, **options)
+
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
+        """Applies the layer to the last axis.
+
+        Args:
+          inputs: (..., in_features).
+
+        Returns:
+          (..., out_features).
+        """
+        up, down = self.up, self.down
+        biases = [None if layer.bias is None else layer.bias[...] for layer in (up, down)]
+        inputs, kernel_in, kernel_out, bias_in, bias_out = up.promote_dtype(
+            (inputs, up.kernel[...], down.kernel[...], *biases), dtype=up.dtype
+        )
+        return mlp(
+            inputs,
+            BlockSparseMatrix(kernel_in, up.pattern.get_value()),
+            BlockSparseMatrix(kernel_out, down.pattern.get_value()),
+            bias_in=bias_in,
+            bias_out=bias_out,
+            activation=self.activation,
+            precision=up.precision,
+            implementation=up.implementation,
+        )
 
 
 def _shared_options(layer: nnx.Linear | BlockSparseLinear) -> dict[str, Any]:
