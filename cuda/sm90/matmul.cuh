@@ -13,17 +13,19 @@ inline bool AreFew(const MatmulParams& params, int tile_tokens, int sms) {
   return tiles * 2 <= sms;
 }
 
-// Tiles have 32768 sums either way. Blocks of 8 leave hardly a product out, and products over more tokens are longer,
-// so that a warpgroup issues fewer of them; they also have the most work in gathering A, which four warpgroups would do
-// twice as often. For blocks of 16 and 32 wide tiles copy x less often, and four warpgroups hide each other's latency.
+// Tiles have 32768 sums either way. Wide ones copy x less often, which counts for blocks of 16 and 32; four warpgroups
+// hide each other's latency. Blocks of 8 leave hardly a product out; over more tokens products are longer, and A, which
+// is the most work to gather from blocks of 8, is gathered less often.
 template <typename T, int kBlock>
 cudaError_t LaunchSmallTile(const MatmulParams& params, int sms, cudaStream_t stream) {
-  if (params.tile_features == 256) {
-    return AreFew(params, 128, sms) ? LaunchSmall<T, kBlock, 64, 256, 4>(params, sms, stream)
-                                    : LaunchSmall<T, kBlock, 128, 256, 4>(params, sms, stream);
+  if (params.tile_features != TileFeatures(kBlock)) return cudaErrorInvalidValue;
+  if constexpr (TileFeatures(kBlock) == 256) {
+    return AreFew(params, 128, sms) ? LaunchSmall<T, kBlock, 64, 256>(params, sms, stream)
+                                    : LaunchSmall<T, kBlock, 128, 256>(params, sms, stream);
+  } else {
+    return AreFew(params, 256, sms) ? LaunchSmall<T, kBlock, 64, 128>(params, sms, stream)
+                                    : LaunchSmall<T, kBlock, 256, 128>(params, sms, stream);
   }
-  return AreFew(params, 256, sms) ? LaunchSmall<T, kBlock, 64, 128, 2>(params, sms, stream)
-                                  : LaunchSmall<T, kBlock, 256, 128, 2>(params, sms, stream);
 }
 
 // Clusters save copies of W, which pays where there is much of it; they cost some waiting for each other.
@@ -38,11 +40,7 @@ cudaError_t LaunchLargeTile(const MatmulParams& params, int sms, cudaStream_t st
 
 template <typename T>
 cudaError_t LaunchMatmulOf(const MatmulParams& params, cudaStream_t stream) {
-  const std::int64_t elements = params.batch * params.tokens * params.out_features;
-  if (elements == 0) return cudaSuccess;
-  if (params.nnz == 0 || params.in_features == 0) {
-    return cudaMemsetAsync(params.y, 0, elements * (params.f32_output ? 4 : 2), stream);
-  }
+  if (params.batch * params.tokens * params.out_features == 0) return cudaSuccess;
   int device, sms;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);

@@ -9,26 +9,18 @@
 
 #include <cstdint>
 
+#include "../epilogue.h"
 #include "../kernels.h"
 
 namespace jax_blocksparse::sm90 {
 
 constexpr int kChunk = 64;  // input features a step
 
+// The features of a tile.
+constexpr int TileFeatures(int block) { return block == 16 || block == 32 ? 256 : 128; }
+
 // The number of features whose blocks share a word of the plan's masks.
 constexpr int SliceFeatures(int block) { return block < 16 ? 16 : block; }
-
-enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
-
-// What is done to a product before it is rounded: y = act(sum + bias) * scale. A null pointer leaves its part out.
-struct Epilogue {
-  const void* bias = nullptr;  // (out_features), of the element type
-  Activation activation = Activation::kNone;
-  void* derivative = nullptr;   // (batch, tokens, out_features), like y: act'(sum + bias), if there is an activation
-  const void* scale = nullptr;  // (batch, tokens, out_features), of the element type
-
-  constexpr bool IsEmpty() const { return bias == nullptr && activation == Activation::kNone && scale == nullptr; }
-};
 
 // A batch size of 1 shares an operand between all batch elements.
 struct MatmulParams {
@@ -47,7 +39,7 @@ struct MatmulParams {
   std::int32_t out_features;
   std::int32_t nnz;
   std::int32_t block;
-  std::int32_t tile_features;  // 128 or 256; 128 for blocks of 64 and 128
+  std::int32_t tile_features;  // TileFeatures(block)
   std::int32_t max_steps;      // of all tiles together
   std::int32_t capacity;       // blocks of 8 to 32: the most blocks a step has
   ElementType type;            // of x and data: kBF16 or kF16
@@ -56,12 +48,14 @@ struct MatmulParams {
   Epilogue epilogue;
 };
 
-// Whether the kernels take these operands: tensor copies want rows at multiples of 16 bytes.
+// Whether the kernels take these operands: there is something to copy, and tensor copies want rows at multiples of 16
+// bytes.
 inline bool CanLaunchMatmul(const MatmulParams& p) {
   const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
   return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.tiles) && is_aligned(p.steps) &&
-         is_aligned(p.epilogue.bias) && is_aligned(p.epilogue.derivative) && is_aligned(p.epilogue.scale) &&
-         p.in_features % 8 == 0 && p.out_features % (p.f32_output && p.epilogue.IsEmpty() ? 4 : 8) == 0;
+         is_aligned(p.epilogue.bias) && is_aligned(p.epilogue.slope) && is_aligned(p.epilogue.scale) && p.nnz > 0 &&
+         p.in_features > 0 && p.in_features % 8 == 0 &&
+         p.out_features % (p.f32_output && p.epilogue.IsIdentity() ? 4 : 8) == 0;
 }
 
 cudaError_t LaunchMatmulBF16(const MatmulParams& params, cudaStream_t stream);

@@ -63,8 +63,8 @@ __device__ __forceinline__ const int4* StepOf(const KernelParams& p, const Tile&
 
 // The tiles of one CTA (or cluster), of kTokens tokens each. CTAs that run together share tokens, so that x is read
 // from memory once, and W comes from L2: if it is too large for that, a band of feature tiles at a time. The tiles of
-// the same tokens go from most work to least, those of the next tokens the other way round, and so on: who had more
-// work has less the next time. The last ones end with the least.
+// the same tokens go from most work to least. Every other round goes through the CTAs backwards, so that who had more
+// work has less the next time.
 template <int kTokens, int kFeatures>
 class TileList {
  public:
@@ -72,7 +72,8 @@ class TileList {
 
   __device__ Tile Load(int round) const {
     const std::int64_t per_batch = static_cast<std::int64_t>(p_.token_tiles) * p_.feature_tiles;
-    const std::int64_t index = static_cast<std::int64_t>(round) * workers_ + worker_;
+    const std::int64_t index =
+        static_cast<std::int64_t>(round) * workers_ + (round % 2 == 0 ? worker_ : workers_ - 1 - worker_);
     Tile tile{0, 0, 0, 0, -1};
     if (index >= per_batch * p_.batch) return tile;
     tile.batch = static_cast<int>(index / per_batch);
@@ -80,11 +81,9 @@ class TileList {
     const int first = rest / (p_.band * p_.token_tiles) * p_.band;
     const int width = min(p_.band, p_.feature_tiles - first);
     rest -= first * p_.token_tiles;
-    const int row = rest / width, place = rest % width;
-    const bool is_reversed = (p_.token_tiles - row) % 2 == 0;
-    tile.token = row * kTokens;
+    tile.token = rest / width * kTokens;
     const int4* entries = reinterpret_cast<const int4*>(p_.tiles + tile.batch * p_.plan_batch_stride);
-    const int4 entry = __ldg(entries + first + (is_reversed ? width - 1 - place : place));
+    const int4 entry = __ldg(entries + first + rest % width);
     tile.feature = max(0, min(entry.x, p_.feature_tiles - 1)) * kFeatures;
     tile.first_step = max(0, min(entry.y, p_.max_steps));
     tile.steps = max(0, min(entry.z, p_.max_steps - tile.first_step));
@@ -166,7 +165,7 @@ __device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tile
   }
 }
 
-// Shared memory: the stages, then a piece of y for each warpgroup and buffer, then `extra` bytes.
+// Shared memory: the stages, then a piece of y for each warpgroup.
 constexpr int kMaxSharedBytes = 227 * 1024 - 512;  // besides the barriers
 constexpr int kAlignment = 1024;                   // of what tensor copies with this swizzle touch
 
@@ -177,16 +176,16 @@ constexpr int StagesThatFit(int stage_bytes, int other_bytes) {
 // Where a 16-byte piece of a row of 128 bytes lies, swizzled as tensor copies do.
 __device__ __forceinline__ std::uint32_t Swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 
-// Writes the 64 features x kTokens tokens that a warpgroup has in `sum`, through its kBuffers pieces of shared memory.
+// Writes the 64 features x kTokens tokens that a warpgroup has in `sum`, through its piece of shared memory.
 // The accumulator is transposed on the way: it has a row for each feature, y one for each token.
-template <typename T, int kTokens, int kBuffers>
+template <typename T, int kTokens>
 class OutputWriter {
  public:
-  __device__ OutputWriter(const KernelParams& p, std::uint32_t buffers, int warpgroup)
-      : p_(p), buffers_(buffers), sync_(warpgroup + 1), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
+  __device__ OutputWriter(const KernelParams& p, std::uint32_t buffer, int warpgroup)
+      : p_(p), buffer_(buffer), sync_(warpgroup + 1), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
 
   __device__ void Write(const float (&sum)[kTokens / 2], int feature, int token, int batch) {
-    if (!p_.epilogue.IsEmpty()) {
+    if (!p_.epilogue.IsIdentity()) {
       FinishAndWrite(sum, feature, token, batch);
     } else if (p_.f32_output) {
       WritePieces<32>(sum, feature, token, batch);
@@ -207,23 +206,21 @@ class OutputWriter {
   __device__ void WritePieces(const float (&sum)[kTokens / 2], int feature, int token, int batch) {
 #pragma unroll
     for (int piece = 0; piece < kTokens / kPieceTokens; ++piece) {
-      const std::uint32_t buffer = buffers_ + next_ * kPieceBytes;
-      next_ = (next_ + 1) % kBuffers;
-      if (IsStorer()) WaitForStoreReads<kBuffers - 1>();
+      if (IsStorer()) WaitForStoreReads<0>();
       SyncWarpgroup(sync_);
       const float* part = sum + piece * (kPieceTokens / 2);
       if constexpr (kPieceTokens == 64) {
-        StageHalves(part, buffer);
+        StageHalves(part);
       } else {
-        StageFloats(part, buffer);
+        StageFloats(part);
       }
       FenceForCopies();
       SyncWarpgroup(sync_);
       if (IsStorer()) {
         const int first = token + piece * kPieceTokens;
-        StoreTensor(&p_.y, feature, first, batch, buffer);
+        StoreTensor(&p_.y, feature, first, batch, buffer_);
         if constexpr (kPieceTokens == 32) {
-          StoreTensor(&p_.y, feature + 32, first, batch, buffer + kPieceBytes / 2);
+          StoreTensor(&p_.y, feature + 32, first, batch, buffer_ + kPieceBytes / 2);
         }
         CommitStores();
       }
@@ -232,43 +229,41 @@ class OutputWriter {
 
   // Brings the sums into the order of y, through shared memory and piece by piece, finishes them there and stores them.
   __device__ void FinishAndWrite(const float (&sum)[kTokens / 2], int feature, int token, int batch) const {
-    constexpr int kPieceTokens = 32, kEights = kGroup / 8;
+    constexpr int kPieceTokens = 32, kFours = kGroup / 4;
 #pragma unroll 1
     for (int piece = 0; piece < kTokens / kPieceTokens; ++piece) {
       SyncWarpgroup(sync_);
 #pragma unroll
       for (int i = 0; i < kTokens / kPieceTokens; ++i) {
-        if (i == piece) StageFloats(sum + i * (kPieceTokens / 2), buffers_);
+        if (i == piece) StageFloats(sum + i * (kPieceTokens / 2));
       }
       SyncWarpgroup(sync_);
 #pragma unroll 1
-      for (int i = threadIdx.x % 128; i < kPieceTokens * kEights; i += 128) {
-        const int row = i / kEights, eight = i % kEights;
-        const int t = token + piece * kPieceTokens + row, f = feature + eight * 8;
+      for (int i = threadIdx.x % 128; i < kPieceTokens * kFours; i += 128) {
+        const int row = i / kFours, four = i % kFours;
+        const int t = token + piece * kPieceTokens + row, f = feature + four * 4;
         if (t >= p_.tokens || f >= p_.out_features) continue;
-        const std::uint32_t half = buffers_ + eight / 4 * (kPieceBytes / 2);
-        float values[8];
-        LoadShared16(half + Swizzled(row, eight % 4 * 2), values);
-        LoadShared16(half + Swizzled(row, eight % 4 * 2 + 1), values + 4);
-        const std::int64_t index = (static_cast<std::int64_t>(batch) * p_.tokens + t) * p_.out_features + f;
-        FinishEight<T>(p_.epilogue, p_.y_array, p_.f32_output, index, f, values);
+        float values[4];
+        LoadShared16(buffer_ + four / 8 * (kPieceBytes / 2) + Swizzled(row, four % 8), values);
+        const std::int64_t row_elements = p_.out_features, batch_elements = p_.tokens * row_elements;
+        FinishFour<T>(p_.epilogue, p_.y_array, p_.f32_output, batch_elements, batch, t * row_elements + f, f, values);
       }
     }
   }
 
-  __device__ void StageHalves(const float* sum, std::uint32_t buffer) const {
+  __device__ void StageHalves(const float* sum) const {
     const int row = (lane_ & 7) + (lane_ >> 4 & 1) * 8, piece = warp_ * 2 + (lane_ >> 3 & 1);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* s = sum + i * 8;
-      StoreMatricesTransposed(buffer + Swizzled(i * 16 + row, piece), Pack<T>(s[0], s[1]), Pack<T>(s[2], s[3]),
+      StoreMatricesTransposed(buffer_ + Swizzled(i * 16 + row, piece), Pack<T>(s[0], s[1]), Pack<T>(s[2], s[3]),
                               Pack<T>(s[4], s[5]), Pack<T>(s[6], s[7]));
     }
   }
 
-  __device__ void StageFloats(const float* sum, std::uint32_t buffer) const {
+  __device__ void StageFloats(const float* sum) const {
     const int feature = (warp_ & 1) * 16 + lane_ / 4;
-    buffer += (warp_ >> 1) * (kPieceBytes / 2) + feature % 4 * 4;
+    const std::uint32_t buffer = buffer_ + (warp_ >> 1) * (kPieceBytes / 2) + feature % 4 * 4;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const int token = i / 4 * 8 + lane_ % 4 * 2 + (i & 1);
@@ -277,10 +272,9 @@ class OutputWriter {
   }
 
   const KernelParams& p_;
-  std::uint32_t buffers_;
+  std::uint32_t buffer_;
   int sync_;
   int warp_, lane_;
-  int next_ = 0;
 };
 
 // Fills in what both kernels need, all but w, capacity and stages.
@@ -338,7 +332,7 @@ cudaError_t LaunchPersistent(const KernelParams& params, std::int64_t tiles, int
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.numAttrs = kCluster > 1 ? 1 : 0;  // a cluster of one would still be placed like a cluster
   return cudaLaunchKernelEx(&config, kKernel, params);
 }
 

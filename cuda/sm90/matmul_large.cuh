@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
         if (lane == 0) Arrive(barrier);
       }
     };
-    OutputWriter<T, L::kTokens, 1> writer(p, output + group * kPieceBytes, group);
+    OutputWriter<T, L::kTokens> writer(p, output + group * kPieceBytes, group);
     Tile tile = tiles.Load(0);
     int2 next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {

@@ -1,30 +1,25 @@
 // y = x W for blocks of 8, 16 and 32 on Hopper.
 //
 // A CTA computes a tile of tokens x features. One warp copies, for each step of the tile's list, a chunk of x (tokens x
-// 64 depths) and all blocks of W that meet it, which the plan has put next to each other, into a ring of stages. The
-// roles are swapped: 64 features ("a group") are the instruction's M, tokens its N. A warpgroup gathers the 64 x 16
-// piece of W^T that a product takes as A from the blocks that are there, into registers, by transposing ldmatrix; what
-// is absent is read from a row of zeros. A piece without any block costs no product. So the tensor cores see the union
-// of a group's columns, and a chunk of x is copied once for the union of the tile's columns. The next step's A is
-// gathered while the last step's products run. CTAs are persistent, so that copies of the next tile run while y is
-// written. What bounds it: the tensor cores at high density (at 16 x 16 and density .5, 94 % of the dense products
-// remain), else filling shared memory from L2 and the warpgroups' latency from one step to the next.
+// 64 depths) and all blocks of W that meet it, which packing has put next to each other, into a ring of stages. The
+// roles are swapped: 64 features, a warpgroup's share, are the instruction's M, tokens its N. The warpgroup gathers the
+// 64 x 16 piece of W^T that a product takes as A from the blocks that are there, into registers; what is absent is read
+// from a block of zeros. A piece without any block costs no product. So the tensor cores see the union of the 64
+// features' columns, and a chunk of x is copied once for the union of the tile's columns. CTAs are persistent, so that
+// copies of the next tile run while y is written. What bounds it: the tensor cores at high density (at 16 x 16 and
+// density .5, 94 % of the dense products remain), else filling shared memory from L2 and the latency of a step, a
+// chain of some hundred instructions in each warp.
 #pragma once
 
 #include "matmul_common.cuh"
 
 namespace jax_blocksparse::sm90 {
 
-template <int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
+template <int kBlock, int kTileTokens, int kTileFeatures>
 struct SmallTile {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kFeatures = kTileFeatures;
-  static constexpr int kWarpgroups = kNumWarpgroups;
-  static constexpr int kGroups = kFeatures / kGroup;
-  // Warpgroups share the groups; if there are more of them than groups, they share the tokens as well.
-  static constexpr int kOwnGroups = std::max(1, kGroups / kWarpgroups);
-  static constexpr int kParts = std::max(1, kWarpgroups / kGroups);
-  static constexpr int kOwnTokens = kTokens / kParts;
+  static constexpr int kWarpgroups = kFeatures / kGroup;
   // Two warpgroups have registers to gather a step's A while the last one's is still read. Four cover for each other.
   static constexpr bool kGathersAhead = kWarpgroups <= 2;
   static constexpr int kRun = std::max(1, kBlock / 16);  // products along a block's depth
@@ -34,14 +29,13 @@ struct SmallTile {
   static constexpr int kSlices = kFeatures / kSliceFeatures;
   static constexpr int kBlockBytes = kBlock * kBlock * 2;
   static constexpr int kXBytes = kTokens * kChunkBytes;
-  static constexpr int kBuffers = kOwnGroups > 1 ? 2 : 1;
-  static constexpr int kOutputBytes = kWarpgroups * kBuffers * kPieceBytes;
+  static constexpr int kOutputBytes = kWarpgroups * kPieceBytes;
   static constexpr int kFullCapacity = kFeatures * kChunk / (kBlock * kBlock);
   static constexpr int kMinCapacity = kSliceFeatures * kChunk / (kBlock * kBlock);  // what a word can name
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32);
-  static_assert(kGroups * kParts == kOwnGroups * kWarpgroups && kFeatures % kGroup == 0, "the work is split evenly");
-  static_assert(kOwnTokens == 64 || kOwnTokens == 128 || kOwnTokens == 256, "there are products for these widths");
-  static_assert(kOwnGroups * kOwnTokens <= 256, "the sums fit into registers");
+  static_assert(kFeatures % kGroup == 0, "a warpgroup has 64 features");
+  static_assert(kTokens == 64 || kTokens == 128 || kTokens == 256, "there are products for these widths");
+  static_assert(kTokens * kWarpgroups <= 512, "the sums fit into registers");
   static_assert(kTokens <= 256, "one box of a tensor copy");
   static_assert(kFullCapacity <= 256, "eight bits of a mask's first position");
 
@@ -124,10 +118,10 @@ struct StepWord<8> {
 };
 
 // Steps are (chunk, position of the first block, number of blocks, unused).
-template <typename T, int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
-__global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
+template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
+__global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>::kThreads, 1)
     MatmulSmallKernel(const __grid_constant__ KernelParams p) {
-  using S = SmallTile<kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
+  using S = SmallTile<kBlock, kTileTokens, kTileFeatures>;
   using Word = StepWord<kBlock>;
   extern __shared__ unsigned char shared[];
   __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
@@ -167,56 +161,46 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(S::kWarpgroups)>();
-    const int warpgroup = warp / 4;
-    const int first_group = warpgroup % (S::kGroups / S::kOwnGroups) * S::kOwnGroups;
-    const int first_token = warpgroup / (S::kGroups / S::kOwnGroups) * S::kOwnTokens;
+    const int group = warp / 4;
     const std::uint32_t lane_blocks = S::kXBytes + Word::OffsetOfLane(warp % 4, lane);
 
-    // The plan's words of each group for 32 steps, one a lane. They are looked at only when they are needed, so that
-    // nothing waits for them before.
+    // The plan's words of 32 steps, one in each lane. They are looked at only when they are needed, so that nothing
+    // waits for them before.
     struct Masks {
-      std::uint32_t own[S::kOwnGroups], common[S::kOwnGroups];
+      std::uint32_t own, common;
     };
     const auto load = [&](const Tile& tile, int first) {
-      Masks masks = {};
       const int i = first + lane;
-      if (i >= tile.steps) return masks;
+      if (i >= tile.steps) return Masks{0, 0};
       const std::int32_t* list = p.masks + tile.batch * p.plan_batch_stride + tile.first_step + i;
-#pragma unroll
-      for (int g = 0; g < S::kOwnGroups; ++g) {
-        const int group_slice = (first_group + g) * (kGroup / S::kSliceFeatures);
-        const int slice = group_slice + warp % 4 * 16 / S::kSliceFeatures;
-        masks.own[g] = __ldg(list + static_cast<std::int64_t>(slice) * p.max_steps);
-        masks.common[g] = __ldg(list + static_cast<std::int64_t>(group_slice) * p.max_steps);
-      }
-      return masks;
+      const std::int64_t group_slice = group * (kGroup / S::kSliceFeatures);
+      const std::int64_t slice = group_slice + warp % 4 * 16 / S::kSliceFeatures;
+      return Masks{static_cast<std::uint32_t>(__ldg(list + slice * p.max_steps)),
+                   static_cast<std::uint32_t>(__ldg(list + group_slice * p.max_steps))};
     };
 
-    OutputWriter<T, S::kOwnTokens, S::kBuffers> writer(p, output + warpgroup * S::kBuffers * kPieceBytes, warpgroup);
+    OutputWriter<T, S::kTokens> writer(p, output + group * kPieceBytes, group);
     Tile tile = tiles.Load(0);
     Masks next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
       const Tile following = tiles.Load(round);
-      float sum[S::kOwnGroups][S::kOwnTokens / 2] = {};
-      std::uint32_t window[S::kOwnGroups];  // the words of 32 steps, one a lane
-      std::uint32_t held = 0;               // the barrier of the stage that products under way still read, if any
+      float sum[S::kTokens / 2] = {};
+      std::uint32_t window = 0;  // the words of 32 steps, one in each lane
+      std::uint32_t held = 0;    // the barrier of the stage that products under way still read, if any
       const auto finish = [&] {
         WaitForProducts<0>();
         if (held != 0 && lane == 0) Arrive(held);
         held = 0;
       };
 
-      using Fragments = std::uint32_t[S::kOwnGroups][S::kDepths][4];
+      using Fragments = std::uint32_t[S::kDepths][4];
       // Step `i`, by the registers `a`; the products of the last step may still run and read `last_a`.
       const auto multiply = [&](int i, Fragments& a, Fragments& last_a) {
         if (i % 32 == 0) {
-#pragma unroll
-          for (int g = 0; g < S::kOwnGroups; ++g) window[g] = Word::Make(next.own[g], next.common[g], p.capacity);
+          window = Word::Make(next.own, next.common, p.capacity);
           next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
         }
-        std::uint32_t words[S::kOwnGroups];
-#pragma unroll
-        for (int g = 0; g < S::kOwnGroups; ++g) words[g] = __shfl_sync(kAllLanes, window[g], i % 32);
+        const std::uint32_t word = __shfl_sync(kAllLanes, window, i % 32);
         if (!__all_sync(kAllLanes, ring.IsFull())) {
           finish();  // a stage is not held while waiting for copies
           ring.WaitFull();
@@ -228,10 +212,7 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
         }
         const std::uint32_t x = stages + ring.stage() * stage_bytes;
 #pragma unroll
-        for (int g = 0; g < S::kOwnGroups; ++g) {
-#pragma unroll
-          for (int k = 0; k < S::kDepths; ++k) Word::Gather(a[g][k], words[g], k, x + lane_blocks);
-        }
+        for (int k = 0; k < S::kDepths; ++k) Word::Gather(a[k], word, k, x + lane_blocks);
         if constexpr (S::kGathersAhead) {
           finish();
           KeepRegisters(sum);
@@ -240,19 +221,14 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
         KeepRegisters(a);
         held = ring.empty();
         ring.Advance();
-        const std::uint64_t tokens = OperandDescriptor(x + first_token * kChunkBytes);
+        const std::uint64_t tokens = OperandDescriptor(x);
 #pragma unroll
-        for (int g = 0; g < S::kOwnGroups; ++g) {
+        for (int k = 0; k < S::kDepths; k += S::kRun) {
+          if (!Word::IsOccupied(word, k)) continue;
+          FenceProducts();
 #pragma unroll
-          for (int k = 0; k < S::kDepths; k += S::kRun) {
-            if (!Word::IsOccupied(words[g], k)) continue;
-            FenceProducts();
-#pragma unroll
-            for (int r = k; r < k + S::kRun; ++r) {
-              MultiplyRegisters<T>(sum[g], a[g][r], tokens + r * kDepthStepKMajor);
-            }
-            CommitProducts();
-          }
+          for (int r = k; r < k + S::kRun; ++r) MultiplyRegisters<T>(sum, a[r], tokens + r * kDepthStepKMajor);
+          CommitProducts();
         }
       };
 
@@ -273,19 +249,16 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
         KeepRegisters(a);
       }
       KeepRegisters(sum);
-#pragma unroll
-      for (int g = 0; g < S::kOwnGroups; ++g) {
-        writer.Write(sum[g], tile.feature + (first_group + g) * kGroup, tile.token + first_token, tile.batch);
-      }
+      writer.Write(sum, tile.feature + group * kGroup, tile.token, tile.batch);
       tile = following;
     }
     writer.Finish();
   }
 }
 
-template <typename T, int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
+template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
 cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream) {
-  using S = SmallTile<kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
+  using S = SmallTile<kBlock, kTileTokens, kTileFeatures>;
   if (params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) return cudaErrorInvalidValue;
   KernelParams p;
   if (const cudaError_t error = FillParams<T>(params, S::kTokens, &p); error != cudaSuccess) return error;
@@ -294,7 +267,7 @@ cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream
   p.capacity = params.capacity;
   p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
   const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
-  constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
+  constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures>;
   return LaunchPersistent<kKernel, 1>(p, tiles, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
                                       stream);
 }

@@ -138,7 +138,7 @@ __device__ __forceinline__ void StoreShared4(std::uint32_t to, std::uint32_t val
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void LoadShared16(std::uint32_t from, float* values) {
+__device__ __forceinline__ void LoadShared16(std::uint32_t from, float (&values)[4]) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
                : "r"(from)

@@ -32,7 +32,7 @@ class PlanLayout:
       out_features: features of the result.
       block_size: one of `jax_blocksparse.BLOCK_SIZES`.
       nnz: number of blocks, inert ones included.
-      tile_features: output features of a tile, 128 or 256; 128 for blocks of 64 and 128.
+      tile_features: output features of a tile. The kernels take 256 for blocks of 16 and 32, else 128.
       capacity: the most blocks a step may have, for blocks of 8 to 32: what a stage of shared memory is made for. A
         chunk with more takes several steps.
     """
@@ -135,8 +135,8 @@ def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int
       (256, 13, 1528)
     """
     density = nnz * block_size**2 / (in_features * out_features)
-    # Wide tiles of features reuse x more; the other way round, tiles hold more tokens and reuse W.
-    wide = block_size == 32 or (block_size == 16 and density < 0.4)
+    # Wide tiles of features copy x less often. Blocks of 8 are bound by products, which are longer over more tokens.
+    wide = block_size in (16, 32)
     tile_features = 256 if wide else _LARGE_TILE
     capacity = choose_capacity(block_size, tile_features, density) if block_size < CHUNK else 1
     return PlanLayout(in_features, out_features, block_size, nnz, tile_features, capacity)
