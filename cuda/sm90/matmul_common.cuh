@@ -17,8 +17,7 @@ constexpr int kChunkBytes = kChunk * 2;  // a row of x in a stage
 constexpr int kMaxStages = 16;
 constexpr int kPieceBytes = 8192;      // of y, for one store: 64 tokens x 64 features of 16 bits, 32 x 64 of 32 bits
 constexpr int kProducerThreads = 128;  // registers are handed over by whole warpgroups; one of the warps works
-// What is handed over comes out of what the CTA got at its launch: as many a thread as its size allows, in eights. With
-// more warpgroups the producer spills a little, so that the consumers can do without waiting for products.
+// What is handed over comes out of what the CTA got at its launch: as many a thread as its size allows, in eights.
 constexpr int ProducerRegisters(int warpgroups) { return warpgroups > 2 ? 32 : 56; }
 constexpr int ConsumerRegisters(int warpgroups) {
   const int threads = warpgroups * 128 + kProducerThreads;

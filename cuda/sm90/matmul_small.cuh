@@ -26,7 +26,6 @@ struct SmallTile {
   static constexpr int kDepths = kChunk / 16;            // products along a chunk's depth
   static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
   static constexpr int kSliceFeatures = SliceFeatures(kBlock);
-  static constexpr int kSlices = kFeatures / kSliceFeatures;
   static constexpr int kBlockBytes = kBlock * kBlock * 2;
   static constexpr int kXBytes = kTokens * kChunkBytes;
   static constexpr int kOutputBytes = kWarpgroups * kPieceBytes;
@@ -34,9 +33,9 @@ struct SmallTile {
   static constexpr int kMinCapacity = kSliceFeatures * kChunk / (kBlock * kBlock);  // what a word can name
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32);
   static_assert(kFeatures % kGroup == 0, "a warpgroup has 64 features");
-  static_assert(kTokens == 64 || kTokens == 128 || kTokens == 256, "there are products for these widths");
+  static_assert(kTokens == 64 || kTokens == 128 || kTokens == 256,
+                "there are products, and boxes of copies, for these");
   static_assert(kTokens * kWarpgroups <= 512, "the sums fit into registers");
-  static_assert(kTokens <= 256, "one box of a tensor copy");
   static_assert(kFullCapacity <= 256, "eight bits of a mask's first position");
 
   // A chunk of x, the blocks that meet it, a block of zeros.
