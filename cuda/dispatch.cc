@@ -31,7 +31,7 @@ TileSize ChooseTileSize(std::int64_t large_ctas, int sm_count) {
   return large_ctas < sm_count ? TileSize::kSmall : TileSize::kLarge;
 }
 
-sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan) {
+sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan, const Epilogue& epilogue) {
   const bool packs = plan.workspace != nullptr;
   sm90::MatmulParams to;
   to.x = p.x;
@@ -55,6 +55,7 @@ sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan) {
   to.type = p.type;
   to.transpose = p.transpose && !packs;  // packing transposes
   to.f32_output = p.f32_output;
+  to.epilogue = epilogue;
   return to;
 }
 
@@ -103,7 +104,10 @@ sm90::PackParams PackingFor(const MatmulParams& p, const MatmulPlan& plan, const
   return to;
 }
 
-cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, cudaStream_t stream) {
+// Says in `is_finished` whether the kernel has applied the epilogue.
+cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, bool* is_finished,
+                       cudaStream_t stream) {
+  *is_finished = epilogue.IsIdentity();
   if (!Is16Bit(params.type)) return LaunchMatmulSimt(params, stream);
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
@@ -115,8 +119,9 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, cudaS
                                              : LaunchMatmulSkinnyF16(params, device.sm_count, stream);
   }
   if (!is_small_batch && device.major == 9 && plan.plan != nullptr) {
-    const sm90::MatmulParams product = HopperParams(params, plan);
+    const sm90::MatmulParams product = HopperParams(params, plan, epilogue);
     if (sm90::CanLaunchMatmul(product)) {
+      *is_finished = true;
       if (plan.workspace != nullptr) {
         const cudaError_t error = sm90::LaunchPack(PackingFor(params, plan, product), stream);
         if (error != cudaSuccess) return error;
@@ -137,8 +142,9 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, cudaS
 }  // namespace
 
 cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, cudaStream_t stream) {
-  const cudaError_t error = RunProduct(params, plan, stream);
-  return error != cudaSuccess || epilogue.IsIdentity() ? error : LaunchEpilogue(params, epilogue, stream);
+  bool is_finished;
+  const cudaError_t error = RunProduct(params, plan, epilogue, &is_finished, stream);
+  return error != cudaSuccess || is_finished ? error : LaunchEpilogue(params, epilogue, stream);
 }
 
 cudaError_t Run(const SddmmParams& params, const SddmmPlan& plan, cudaStream_t stream) {
