@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=2.5, metavar="S", help="for each case; slow ones are repeated less"
     )
     parser.add_argument(
-        "--budget", type=float, default=float("inf"), metavar="S", help="for all; groups that would start later are left out"
+        "--budget", type=float, default=float("inf"), metavar="S", help="for all; what would start later is left out"
     )
     parser.add_argument("--timer", choices=("call", "loop"), help="time calls (CPU), or loops on the device (others)")
     parser.add_argument("--revision", metavar="COMMIT", help="to record instead of what git says")

@@ -44,7 +44,8 @@ class GraphProgram:
                 call.launch()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # What JAX's threads do to the device meanwhile must not end the capture.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             for call in self._sets:
                 call.launch()
 
