@@ -11,7 +11,7 @@ from jax.export import DisabledSafetyCheck
 from jax.interpreters import mlir
 from jax.sharding import AxisType
 
-from jax_blocksparse import _native, epilogues, reference, sddmm_plan
+from jax_blocksparse import _native, epilogues, reference, sddmm_layout
 from jax_blocksparse.activations import ACTIVATIONS
 from jax_blocksparse.epilogues import matmul_act_p, scaled_matmul_p
 from jax_blocksparse.pattern import INDEX_NAMES
@@ -101,7 +101,7 @@ def _cpu_sddmm(ctx, x, dy, rows, cols, *_, **__):
 def _cuda_sddmm(ctx, *operands, block_size, shape, **_):
     names = ("x", "dy", *INDEX_NAMES)
     places = [names.index(name) for name in ("x", "dy", "rows", "cols", "dw_plan")]
-    layout = sddmm_plan.choose_layout(*shape, block_size, ctx.avals_in[2].shape[1])
+    layout = sddmm_layout.choose_layout(*shape, block_size, ctx.avals_in[2].shape[1])
     return jax.ffi.ffi_lowering(_native.SDDMM_TARGET)(
         ctx.replace(avals_in=[ctx.avals_in[place] for place in places]),
         *(operands[place] for place in places),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_blocksparse import plan, sddmm_plan
+from jax_blocksparse import plan, sddmm_layout, sddmm_plan
 from jax_blocksparse.plan import PlanLayout, flat_size
 from jax_blocksparse.sddmm_plan import SddmmLayout
 
@@ -212,7 +212,7 @@ class BlockPattern:
     @property
     def T(self) -> "BlockPattern":  # noqa: N802
         """The pattern of the transposed matrix: the same arrays under swapped names, but for a new `dw_plan`."""
-        layout = sddmm_plan.choose_layout(*self.shape[::-1], self.block_size, self.nnz)
+        layout = sddmm_layout.choose_layout(*self.shape[::-1], self.block_size, self.nnz)
         if is_concrete(self.rows, self.cols) and self.rows.ndim == 1:
             dw_plan = sddmm_plan.make_flat_plan(np.asarray(self.cols), np.asarray(self.rows), layout, np)
             with jax.ensure_compile_time_eval():
@@ -312,7 +312,7 @@ def _layouts(shape: tuple[int, int], block_size: int, nnz: int) -> tuple[PlanLay
     return (
         plan.choose_layout(*shape, block_size, nnz),
         plan.choose_layout(*shape[::-1], block_size, nnz),
-        sddmm_plan.choose_layout(*shape, block_size, nnz),
+        sddmm_layout.choose_layout(*shape, block_size, nnz),
     )
 
 
