@@ -8,8 +8,9 @@ pattern.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -142,8 +143,8 @@ def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int
     return PlanLayout(in_features, out_features, block_size, nnz, tile_features, capacity)
 
 
-def flat_size(layout: PlanLayout) -> int:
-    """The number of integers in a flat plan."""
+def flat_size(layout: Any) -> int:
+    """The number of integers in a flat plan with the lists of `layout.shapes`."""
     return sum(-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in layout.shapes)
 
 
@@ -159,8 +160,12 @@ def make_flat_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: Mod
     Returns:
       (flat_size(layout),) int32, the lists of a `Plan` one after the other, each padded to a multiple of 16 bytes.
     """
-    lists = (each.ravel() for each in make_plan(rows, cols, layout, xp))
-    return xp.concatenate([xp.pad(each, (0, -each.shape[0] % _ALIGNMENT)) for each in lists])
+    return flatten(make_plan(rows, cols, layout, xp), xp)
+
+
+def flatten(lists: Sequence[jax.Array], xp: ModuleType) -> jax.Array:
+    """Puts lists one after the other, each padded to a multiple of 16 bytes."""
+    return xp.concatenate([xp.pad(each.ravel(), (0, -each.size % _ALIGNMENT)) for each in lists])
 
 
 def make_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: ModuleType) -> Plan:
@@ -207,17 +212,17 @@ def _make_packed(
     step = xp.where(cell < cells, xp.cumsum(opens_step) - 1, size)
 
     opened = xp.where(opens_step, step, size)
-    blocks = _sum_at(xp, step, xp.ones_like(step), size)
-    steps = [_sum_at(xp, opened, value, size) for value in (cell % layout.chunks, position)]
+    blocks = sum_at(xp, step, xp.ones_like(step), size)
+    steps = [sum_at(xp, opened, value, size) for value in (cell % layout.chunks, position)]
     steps = xp.stack([*steps, blocks, xp.zeros_like(blocks)], -1)
 
     word = xp.where(step < size, step * slices + slice_, size * slices)
-    present = _sum_at(xp, word, 1 << bit, size * slices).reshape(size, slices)
-    counts = _sum_at(xp, word, xp.ones_like(word), size * slices).reshape(size, slices)
+    present = sum_at(xp, word, 1 << bit, size * slices).reshape(size, slices)
+    counts = sum_at(xp, word, xp.ones_like(word), size * slices).reshape(size, slices)
 
     # The bytes to copy, with x as a tile of 2^15 sums has it.
     work = xp.where(blocks > 0, 2**15 // tile_features * CHUNK, 0) + blocks * b**2
-    tile = _sum_at(xp, opened, cell // layout.chunks, size)
+    tile = sum_at(xp, opened, cell // layout.chunks, size)
     tiles = _sort_tiles(xp, xp.where(blocks > 0, tile, layout.tiles), work, layout)
     return tiles, steps, _masks(xp, present, counts, layout).T, order
 
@@ -252,7 +257,7 @@ def _make_by_id(
     place = (group // per_tile * layout.chunks + chunk) * per_tile + group % per_tile
     place = xp.where(live[:, None, None] & (chunk < layout.chunks), place, cells * per_tile)
     ids = xp.broadcast_to(xp.arange(layout.nnz)[:, None, None] + 1, place.shape)
-    ids = _sum_at(xp, place.ravel(), ids.ravel(), cells * per_tile).reshape(cells, per_tile) - 1
+    ids = sum_at(xp, place.ravel(), ids.ravel(), cells * per_tile).reshape(cells, per_tile) - 1
 
     present = (ids >= 0).sum(-1)
     cell = xp.argsort(present == 0, stable=True)[:size]  # those with blocks first
@@ -265,13 +270,13 @@ def _make_by_id(
 
 def _sort_tiles(xp: ModuleType, tile: jax.Array, work: jax.Array, layout: PlanLayout) -> jax.Array:
     """Makes the list of tiles of the tile and the work of each step."""
-    steps = _sum_at(xp, tile, xp.ones_like(tile), layout.tiles)
+    steps = sum_at(xp, tile, xp.ones_like(tile), layout.tiles)
     first = xp.cumsum(steps) - steps
-    by_work = xp.argsort(-_sum_at(xp, tile, work, layout.tiles), stable=True)
+    by_work = xp.argsort(-sum_at(xp, tile, work, layout.tiles), stable=True)
     return xp.stack([by_work, first[by_work], steps[by_work], xp.zeros_like(by_work)], -1)
 
 
-def _sum_at(xp: ModuleType, index: jax.Array, values: jax.Array, size: int) -> jax.Array:
+def sum_at(xp: ModuleType, index: jax.Array, values: jax.Array, size: int) -> jax.Array:
     """Sums values into an array of `size` zeros; the index `size` stands for nowhere."""
     if xp is np:
         return np.bincount(index, values, size + 1)[:size].astype(np.int32)

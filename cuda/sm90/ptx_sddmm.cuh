@@ -1,0 +1,107 @@
+// PTX instructions of sm_90a that only the sampled product needs.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace jax_blocksparse::sm90 {
+
+// Threads of some warps. Barrier 0 is __syncthreads.
+__device__ __forceinline__ void SyncThreads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void StoreShared8(std::uint32_t to, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(first), "f"(second) : "memory");
+}
+
+// Where CTA `rank` of the cluster has what this CTA has at an address in shared memory.
+__device__ __forceinline__ std::uint32_t AddressAt(std::uint32_t address, int rank) {
+  std::uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+__device__ __forceinline__ float4 LoadCluster16(std::uint32_t from) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(from)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float4 LoadShared16(std::uint32_t from) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(from)
+               : "memory");
+  return value;
+}
+
+// Brings what will be needed into L2, or a tensor map to where copies look for it, without waiting.
+__device__ __forceinline__ void PrefetchLine(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// ---- Warpgroup products of operands in shared memory that are both MN-major ----
+
+// Such an operand: rows of 64 m or n, one for each depth, with the 128-byte swizzle, 8 rows to a group of 1024 bytes.
+// The next 64 m or n, if the product is wider, lie `panel` bytes on.
+__device__ __forceinline__ std::uint64_t MNMajorDescriptor(std::uint32_t address, std::uint32_t panel) {
+  constexpr std::uint32_t kSwizzle128 = 1u << 30, kGroupStride = 1024 >> 4;
+  return std::uint64_t{kSwizzle128 | kGroupStride} << 32 | panel >> 4 << 16 | (address & 0x3ffff) >> 4;
+}
+
+#define JBS_SUM32                                                           \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+#define JBS_SUM64                                                                    \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+#define JBS_INOUT4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define JBS_INOUT16(d, i) JBS_INOUT4(d, i), JBS_INOUT4(d, i + 4), JBS_INOUT4(d, i + 8), JBS_INOUT4(d, i + 12)
+#define JBS_INOUT32(d, i) JBS_INOUT16(d, i), JBS_INOUT16(d, i + 16)
+#define JBS_INOUT64(d, i) JBS_INOUT32(d, i), JBS_INOUT32(d, i + 32)
+
+// In the instruction: add to the sum, negate neither, both transposed.
+#define JBS_MULTIPLY_MN_MAJOR(n, regs, type, a, b)                                                                    \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " JBS_SUM##regs a ", " b             \
+                                                                                                   ", 1, 1, 1, 1, 1;" \
+               : JBS_INOUT##regs(sum, 0)                                                                              \
+               : "l"(a_descriptor), "l"(b_descriptor))
+
+template <typename T>
+__device__ __forceinline__ void MultiplyMNMajor(float (&sum)[32], std::uint64_t a_descriptor,
+                                                std::uint64_t b_descriptor) {
+  if constexpr (std::is_same_v<T, __half>) {
+    JBS_MULTIPLY_MN_MAJOR(64, 32, "f16", "%32", "%33");
+  } else {
+    JBS_MULTIPLY_MN_MAJOR(64, 32, "bf16", "%32", "%33");
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void MultiplyMNMajor(float (&sum)[64], std::uint64_t a_descriptor,
+                                                std::uint64_t b_descriptor) {
+  if constexpr (std::is_same_v<T, __half>) {
+    JBS_MULTIPLY_MN_MAJOR(128, 64, "f16", "%64", "%65");
+  } else {
+    JBS_MULTIPLY_MN_MAJOR(128, 64, "bf16", "%64", "%65");
+  }
+}
+
+#undef JBS_MULTIPLY_MN_MAJOR
+#undef JBS_INOUT64
+#undef JBS_INOUT32
+#undef JBS_INOUT16
+#undef JBS_INOUT4
+#undef JBS_SUM64
+#undef JBS_SUM32
+
+}  // namespace jax_blocksparse::sm90

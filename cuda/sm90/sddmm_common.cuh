@@ -1,0 +1,359 @@
+// What the two kernels of sampled products share: reading the plan, the ring of stages, copying, storing the blocks.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../launch.cuh"
+#include "ptx_sddmm.cuh"
+#include "sddmm.h"
+#include "tensor_map.h"
+
+namespace jax_blocksparse::sm90 {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kPanel = 64;      // features that a copy has: rows of 128 bytes
+constexpr int kMaxPanels = 28;  // of a tile
+constexpr int kCopyWarps = 4;   // one warp cannot issue copies as fast as they can be served
+constexpr int kProductWarps = 8;
+constexpr int kSddmmThreads = (kProductWarps + kCopyWarps) * 32;
+// Registers are handed over from the copying warps, out of what a CTA of so many threads has at its launch.
+constexpr int kCopyRegisters = 24, kProductRegisters = 240;
+static_assert(kProductRegisters * kProductWarps + kCopyRegisters * kCopyWarps <=
+              65536 / kSddmmThreads / 8 * 8 * (kProductWarps + kCopyWarps));
+static_assert(kProductWarps % 4 == 0 && kCopyWarps % 4 == 0, "whole warpgroups hand over registers");
+constexpr int kMaxStages = 12;
+constexpr int kRingBytes = 224 * 1024;
+constexpr int kAlignment = 1024;  // of what tensor copies with this swizzle touch
+constexpr int kSharedBytes = kRingBytes + kAlignment;
+static_assert(kSharedBytes + 1024 <= 227 * 1024, "room for barriers and lists");
+
+struct SddmmKernelParams {
+  CUtensorMap x;
+  CUtensorMap dy;
+  const int4* tiles;
+  const int* slabs;
+  const int* slots;
+  const int* order;
+  const int* places;
+  void* data;
+  std::int64_t plan_batch_stride;
+  int plan_tiles, plan_units;
+  int split;
+  int nnz;
+  int block;
+  int ratio_bits;  // log2 of the blocks along a unit's side
+  int chunks;      // of tokens
+  bool x_shared, dy_shared;
+  bool f32_output;
+};
+
+// What a kernel is built for: units of kUnit features, stages of kTokens tokens.
+template <int kUnit_, int kTokens_>
+struct SddmmShape {
+  static constexpr int kUnit = kUnit_, kTokens = kTokens_;
+  static constexpr int kCapacity = SddmmCapacity(kUnit), kMaxSlabs = SddmmMaxSlabs(kUnit);
+  static constexpr int kSlab = std::max(kPanel, kUnit);  // features
+  static constexpr int kPanelsPerSlab = kSlab / kPanel;
+  static constexpr int kPanelBytes = kTokens * kPanel * 2;
+  static constexpr int kSlabBytes = kPanelsPerSlab * kPanelBytes;
+  static constexpr int kStages = kUnit == 128 ? 4 : kMaxStages;  // more of the largest only get in each other's way
+  static_assert(kPanel * 2 == 128, "the swizzle, the descriptors and the tensor maps are for rows of 128 bytes");
+  static_assert(kPanelBytes % kAlignment == 0);
+  static_assert(2 * kMaxSlabs * kSlabBytes <= kRingBytes, "two stages of the largest tile");
+  static_assert(kMaxSlabs * kPanelsPerSlab <= kMaxPanels);
+  static_assert(kCapacity * kUnit * kUnit * int{sizeof(float)} <= kRingBytes, "the sums take the place of the stages");
+};
+
+// The CTA's tile, and which of its chunks of tokens this CTA takes: the rank-th, and then every split-th.
+template <typename Shape>
+struct SddmmTile {
+  int batch;
+  std::int64_t plan;  // where the plan begins, in integers
+  int number;         // of the tile in the plan
+  int first_block, last_block;
+  int first_unit, units;
+  int x_slabs, dy_slabs;
+  int rank, split;
+  int stages;
+
+  __device__ explicit SddmmTile(const SddmmKernelParams& p) {
+    const int cluster = blockIdx.x / p.split;
+    rank = blockIdx.x % p.split;
+    split = p.split;
+    batch = cluster / p.plan_tiles;
+    plan = batch * p.plan_batch_stride;
+    number = cluster % p.plan_tiles;
+    const int4* entry = p.tiles + plan / 4 + number;
+    const int4 tile = __ldg(entry), next = __ldg(entry + 1);
+    const auto clamp = [](int value, int least, int most) { return max(least, min(value, most)); };
+    first_block = clamp(tile.x, 0, p.nnz);
+    last_block = clamp(next.x, first_block, p.nnz);
+    first_unit = clamp(tile.y, 0, p.plan_units);
+    units = clamp(next.y, first_unit, min(p.plan_units, first_unit + Shape::kCapacity)) - first_unit;
+    x_slabs = clamp(tile.z, 0, Shape::kMaxSlabs - 1);
+    dy_slabs = clamp(tile.w, 0, Shape::kMaxSlabs - x_slabs);
+    stages = min(Shape::kStages, kRingBytes / max(1, stage_bytes()));
+  }
+
+  __device__ bool IsEmpty() const { return units == 0 || x_slabs == 0 || dy_slabs == 0; }
+  __device__ int slabs() const { return x_slabs + dy_slabs; }
+  __device__ int stage_bytes() const { return slabs() * Shape::kSlabBytes; }
+  __device__ int Chunks(const SddmmKernelParams& p) const { return (p.chunks - rank + split - 1) / split; }
+
+  // Where a unit's x and dy lie in a stage, in units; each is below the number of units in the slabs.
+  __device__ int2 Slot(const SddmmKernelParams& p, int unit) const {
+    const auto word = static_cast<std::uint32_t>(__ldg(p.slots + plan + first_unit + unit));
+    const std::uint32_t most = slabs() * (Shape::kSlab / Shape::kUnit) - 1;
+    return {static_cast<int>(min(word & 0xffff, most)), static_cast<int>(min(word >> 16, most))};
+  }
+};
+
+// Stages in shared memory that producers fill and consumers empty, in turns.
+class StageRing {
+ public:
+  __device__ StageRing(std::uint32_t barriers, int stages) : barriers_(barriers), stages_(stages) {}
+
+  // Every producer arrives for every stage, also if it has nothing to copy: else it could fall behind unnoticed.
+  static __device__ void Init(std::uint32_t barriers, int producers, int consumers) {
+    for (int stage = 0; stage < kMaxStages; ++stage) {
+      InitBarrier(barriers + stage * 8, producers);
+      InitBarrier(barriers + (kMaxStages + stage) * 8, consumers);
+    }
+    FenceBarrierInit();
+  }
+
+  __device__ int stage() const { return stage_; }
+  __device__ std::uint32_t full() const { return barriers_ + stage_ * 8; }
+  __device__ std::uint32_t empty() const { return full() + kMaxStages * 8; }
+  __device__ void WaitFull() const { WaitBarrier(full(), phase_); }
+  __device__ void WaitEmpty() const { WaitBarrier(empty(), phase_ ^ 1); }
+  __device__ void Advance() {
+    if (++stage_ == stages_) {
+      stage_ = 0;
+      phase_ ^= 1;
+    }
+  }
+
+ private:
+  std::uint32_t barriers_;
+  int stages_;
+  int stage_ = 0;
+  std::uint32_t phase_ = 0;
+};
+
+// Shared memory besides the ring.
+struct SddmmShared {
+  std::uint64_t barriers[2 * kMaxStages];
+  int features[kMaxPanels];  // the first feature of each panel of a stage
+};
+
+// One of the kCopyWarps warps copies its share of every stage.
+template <typename Shape>
+__device__ void CopyStages(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, const SddmmShared& shared,
+                           std::uint32_t ring_bytes, int warp) {
+  if (threadIdx.x % 32 != 0) return;
+  StageRing ring(SharedAddress(shared.barriers), tile.stages);
+  const int x_panels = tile.x_slabs * Shape::kPanelsPerSlab, panels = tile.slabs() * Shape::kPanelsPerSlab;
+  const int x_batch = p.x_shared ? 0 : tile.batch, dy_batch = p.dy_shared ? 0 : tile.batch;
+  for (int chunk = tile.rank; chunk < p.chunks; chunk += tile.split) {
+    const std::uint32_t to = ring_bytes + ring.stage() * tile.stage_bytes();
+    const int token = chunk * Shape::kTokens;
+    ring.WaitEmpty();
+    if (warp == 0) {
+      ArriveExpecting(ring.full(), tile.stage_bytes());
+    } else {
+      Arrive(ring.full());
+    }
+    int panel = warp;
+    for (; panel < x_panels; panel += kCopyWarps) {
+      LoadTensor(to + panel * Shape::kPanelBytes, &p.x, shared.features[panel], token, x_batch, ring.full());
+    }
+    for (; panel < panels; panel += kCopyWarps) {
+      LoadTensor(to + panel * Shape::kPanelBytes, &p.dy, shared.features[panel], token, dy_batch, ring.full());
+    }
+    ring.Advance();
+  }
+}
+
+// ---- Sums in shared memory: units of kUnit x kUnit floats, one after the other ----
+
+// The byte at which a float of a unit lies. Eights of a row are permuted so that the sums that a warp writes at a time,
+// two neighbours in each of several rows, fall into different banks.
+template <int kUnit>
+__device__ __forceinline__ int SumOffset(int row, int col) {
+  const int line = kUnit == 16 ? row >> 1 & 1 : row & 3;
+  return (row * kUnit + (col ^ line << 3)) * 4;
+}
+
+template <typename T>
+__device__ __forceinline__ void StoreEight(T* to, const float4& low, const float4& high) {
+  *reinterpret_cast<uint4*>(to) =
+      uint4{Pack<T>(low.x, low.y), Pack<T>(low.z, low.w), Pack<T>(high.x, high.y), Pack<T>(high.z, high.w)};
+}
+__device__ __forceinline__ void StoreEight(float* to, const float4& low, const float4& high) {
+  reinterpret_cast<float4*>(to)[0] = low;
+  reinterpret_cast<float4*>(to)[1] = high;
+}
+
+// Adds up, in the order of ranks, what the CTAs of the cluster have for this CTA's share of the tile's blocks, and
+// writes them. A warp has every kProductWarps-th block of the share.
+template <typename Shape, typename Out>
+__device__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, std::uint32_t sums, Out* data,
+                            int warp) {
+  constexpr int kUnitBytes = Shape::kUnit * Shape::kUnit * 4;
+  const int lane = threadIdx.x % 32;
+  const int eights = p.block / 8, area = p.block * p.block;
+  data += static_cast<std::int64_t>(tile.batch) * p.nnz * area;
+  const int stride = tile.split * kProductWarps;
+  for (int first = tile.first_block + warp * tile.split + tile.rank; first < tile.last_block; first += 32 * stride) {
+    int id = -1;
+    std::uint32_t place = 0;
+    if (const std::int64_t mine = first + std::int64_t{lane} * stride; mine < tile.last_block) {
+      id = __ldg(p.order + tile.plan + mine);
+      place = static_cast<std::uint32_t>(__ldg(p.places + tile.plan + mine));
+    }
+    for (int i = 0; i < 32 && first + std::int64_t{i} * stride < tile.last_block; ++i) {
+      const int block = __shfl_sync(kAllLanes, id, i);
+      const std::uint32_t where = __shfl_sync(kAllLanes, place, i);
+      if (block < 0 || block >= p.nnz) continue;
+      const int unit = min(static_cast<int>(where & 0xff), Shape::kCapacity - 1), ratio = (1 << p.ratio_bits) - 1;
+      const int first_row = (where >> 8 & ratio) * p.block, first_col = (where >> 12 & ratio) * p.block;
+      const int rows = (where >> 16 & 31) * 8, col_eights = where >> 21 & 31;
+      for (int item = lane; item < area / 8; item += 32) {
+        const int row = item / eights, eight = item % eights;
+        const std::uint32_t address =
+            sums + unit * kUnitBytes + SumOffset<Shape::kUnit>(first_row + row, first_col + eight * 8);
+        float4 low{}, high{};
+        if (row < rows && eight < col_eights) {
+          for (int rank = 0; rank < tile.split; ++rank) {
+            const bool mine = rank == tile.rank;
+            const std::uint32_t from = mine ? address : AddressAt(address, rank);
+            const float4 l = mine ? LoadShared16(from) : LoadCluster16(from);
+            const float4 h = mine ? LoadShared16(from + 16) : LoadCluster16(from + 16);
+            low = {low.x + l.x, low.y + l.y, low.z + l.z, low.w + l.w};
+            high = {high.x + h.x, high.y + h.y, high.z + h.z, high.w + h.w};
+          }
+        }
+        StoreEight(data + static_cast<std::int64_t>(block) * area + item * 8, low, high);
+      }
+    }
+  }
+}
+
+// Zeroes the inert blocks; all CTAs of a batch element share the work.
+template <typename Shape, typename Out>
+__device__ void ZeroInert(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, Out* data) {
+  const int live = max(0, __ldg(&p.tiles[tile.plan / 4 + p.plan_tiles].x));
+  const int area = p.block * p.block, ctas = p.plan_tiles * p.split;
+  for (std::int64_t i = std::int64_t{live} + tile.number * p.split + tile.rank; i < p.nnz; i += ctas) {
+    const int block = __ldg(p.order + tile.plan + i);
+    if (block < 0 || block >= p.nnz) continue;
+    Out* to = data + (static_cast<std::int64_t>(tile.batch) * p.nnz + block) * area;
+    for (int item = threadIdx.x; item < area / 8; item += blockDim.x) StoreEight(to + item * 8, float4{}, float4{});
+  }
+}
+
+// What both kernels are made of. `Consumers` multiplies every stage and puts the sums into
+// shared memory.
+template <typename T, typename Consumers>
+__device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
+  using Shape = typename Consumers::Shape;
+  extern __shared__ unsigned char dynamic[];
+  __shared__ SddmmShared shared;
+
+  // All that has to come from memory before the first copy, asked for at once.
+  const SddmmTile<Shape> tile(p);
+  if (threadIdx.x < 2) PrefetchTensorMap(threadIdx.x == 0 ? &p.x : &p.dy);
+  if (const int panel = threadIdx.x; panel < Shape::kMaxSlabs * Shape::kPanelsPerSlab) {
+    const int slab = __ldg(p.slabs + tile.plan + tile.number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
+    shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * kPanel;
+  }
+  if (threadIdx.x == 0) StageRing::Init(SharedAddress(shared.barriers), kCopyWarps, kProductWarps);
+  if (p.f32_output) {
+    ZeroInert(p, tile, static_cast<float*>(p.data));
+  } else {
+    ZeroInert(p, tile, static_cast<T*>(p.data));
+  }
+  if (tile.IsEmpty()) return;
+
+  const std::uint32_t ring_bytes = (SharedAddress(dynamic) + kAlignment - 1) & ~(kAlignment - 1);
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+  __syncthreads();
+
+  if (warp >= kProductWarps) {
+    ShrinkRegisters<kCopyRegisters>();
+    CopyStages<Shape>(p, tile, shared, ring_bytes, warp - kProductWarps);
+    return;
+  }
+  GrowRegisters<kProductRegisters>();
+  for (int i = tile.first_block + threadIdx.x * 32; i < tile.last_block; i += kProductWarps * 32 * 32) {
+    PrefetchLine(p.order + tile.plan + i);
+    PrefetchLine(p.places + tile.plan + i);
+  }
+  Consumers::Multiply(p, tile, StageRing(SharedAddress(shared.barriers), tile.stages), ring_bytes, warp);
+  const auto sync = [&] {
+    if (tile.split > 1) {
+      SyncCluster();
+    } else {
+      SyncThreads(1, kProductWarps * 32);
+    }
+  };
+  sync();
+  if (p.f32_output) {
+    StoreBlocks<Shape>(p, tile, ring_bytes, static_cast<float*>(p.data), warp);
+  } else {
+    StoreBlocks<Shape>(p, tile, ring_bytes, static_cast<T*>(p.data), warp);
+  }
+  if (tile.split > 1) SyncCluster();  // a CTA must not leave while another one reads its sums
+}
+
+constexpr int Log2(int value) { return value <= 1 ? 0 : 1 + Log2(value / 2); }
+
+template <typename T, typename Shape, auto kKernel>
+cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
+  constexpr CUtensorMapDataType kType =
+      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto extent = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
+  SddmmKernelParams p;
+  cudaError_t error = EncodeTensorMap(&p.x, {params.x, kType, 2, extent(params.in_features), extent(params.tokens),
+                                             extent(params.x_batch), Shape::kTokens});
+  if (error != cudaSuccess) return error;
+  error = EncodeTensorMap(&p.dy, {params.dy, kType, 2, extent(params.out_features), extent(params.tokens),
+                                  extent(params.dy_batch), Shape::kTokens});
+  if (error != cudaSuccess) return error;
+  p.tiles = reinterpret_cast<const int4*>(params.tiles);
+  p.slabs = params.slabs;
+  p.slots = params.slots;
+  p.order = params.order;
+  p.places = params.places;
+  p.data = params.data;
+  p.plan_batch_stride = params.plan_batch_stride;
+  p.plan_tiles = params.plan_tiles;
+  p.plan_units = params.plan_units;
+  p.split = params.split;
+  p.nnz = params.nnz;
+  p.block = params.block;
+  p.ratio_bits = Log2(params.unit / params.block);
+  p.chunks = static_cast<int>(CeilDiv(params.tokens, Shape::kTokens));
+  p.x_shared = params.x_batch == 1;
+  p.dy_shared = params.dy_batch == 1;
+  p.f32_output = params.f32_output;
+
+  if (error = AllowSharedMemory<kKernel>(kSharedBytes); error != cudaSuccess) return error;
+  const std::int64_t ctas = params.batch * params.plan_tiles * params.split;
+  if (ctas > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(params.split), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(ctas);
+  config.blockDim = kSddmmThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kKernel, p);
+}
+
+}  // namespace jax_blocksparse::sm90

@@ -1,0 +1,113 @@
+// The blocks of x^T dy on Hopper by mma.sync, for units of 16 and 32.
+//
+// As the kernel for large units (sddmm_large.cuh): tiles of units with their sums in registers for all tokens, slabs of
+// x and dy streaming through a ring of stages, clusters that share a tile. Units of 16 or 32 features lie anywhere in
+// the slabs, and ldmatrix fetches and transposes their operands. Each warp has a run of the tile's units in the order
+// of rows: units of one row use the same fragments of x, which are loaded once; those of dy are loaded one unit ahead.
+// What bounds it: reading fragments out of shared memory and mma.sync at high density, filling shared memory from L2
+// at low density.
+#pragma once
+
+#include "sddmm_common.cuh"
+
+namespace jax_blocksparse::sm90 {
+
+template <typename T, int kUnit, int kTokens>
+struct SmallConsumers {
+  using Shape = SddmmShape<kUnit, kTokens>;
+  static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
+  static constexpr int kSteps = kUnit / 16;                            // products along a unit's side
+  static_assert(kUnit == 16 || kUnit == 32);
+  static_assert(Shape::kCapacity % kProductWarps == 0 && kMostUnits <= 32);
+  static_assert(kRingBytes / 16 <= 1 << 16, "an address in a stage fits 16 bits, in pieces of 16 bytes");
+
+  static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
+                                                  StageRing ring, std::uint32_t stages, int warp) {
+    const int lane = threadIdx.x % 32;
+    const int first = warp * tile.units / kProductWarps, count = (warp + 1) * tile.units / kProductWarps - first;
+
+    // Where this lane's row of each unit's first 16 x 16 piece lies in a stage, in pieces of 16 bytes: x in the lower
+    // half of a word, dy in the upper. Of x come first the matrices of tokens 0 to 7, of dy those of features 0 to 7:
+    // the orders in which the product wants them.
+    const auto address = [](int unit, int token, int piece) {
+      constexpr int kPerPanel = kPanel / kUnit;
+      const int eighth = unit % kPerPanel * (kUnit / 8) + piece;
+      return unit / kPerPanel * (Shape::kPanelBytes / 16) + token * 8 + (eighth ^ token % 8);
+    };
+    std::uint32_t places[kMostUnits];
+    std::uint32_t starts = 0;  // bit i: unit i has another row of units than the one before
+    int last = -1;
+#pragma unroll
+    for (int i = 0; i < kMostUnits; ++i) {
+      const int2 slot = i < count ? tile.Slot(p, first + i) : int2{};
+      places[i] = address(slot.x, lane % 8 + lane / 16 * 8, lane / 8 % 2) | address(slot.y, lane % 16, lane / 16) << 16;
+      if (slot.x != last) starts |= 1u << i;
+      last = slot.x;
+    }
+    starts = __shfl_sync(kAllLanes, starts, 0);
+
+    float sums[kMostUnits][kSteps][2 * kSteps][4] = {};
+    for (int chunk = tile.Chunks(p); chunk > 0; --chunk) {
+      ring.WaitFull();
+      const std::uint32_t stage = stages + ring.stage() * tile.stage_bytes();
+#pragma unroll
+      for (int k = 0; k < Shape::kTokens / 16; ++k) {
+        const std::uint32_t base = stage + k * (16 * 128);
+        std::uint32_t x[kSteps][4], dy[2][kSteps][4];
+        const auto load_x = [&](int i) {
+#pragma unroll
+          for (int m = 0; m < kSteps; ++m) LoadMatrices<true>(x[m], base + ((places[i] & 0xffff) << 4 ^ m * 32));
+        };
+        const auto load_dy = [&](int i) {
+#pragma unroll
+          for (int n = 0; n < kSteps; ++n) LoadMatrices<true>(dy[i % 2][n], base + (places[i] >> 16 << 4 ^ n * 32));
+        };
+        // Else the compiler keeps all the conditions below, and runs out of predicates.
+        asm volatile("" : "+r"(starts));
+        load_x(0);
+        load_dy(0);
+#pragma unroll
+        for (int i = 0; i < kMostUnits; ++i) {
+          if (i % 2 == 0 && i >= count) break;  // units beyond the last are multiplied, but not kept
+          if (i + 1 < kMostUnits) load_dy(i + 1);
+#pragma unroll
+          for (int m = 0; m < kSteps; ++m) {
+#pragma unroll
+            for (int n = 0; n < kSteps; ++n) {
+              MultiplyAdd<T>(sums[i][m][2 * n], x[m], dy[i % 2][n][0], dy[i % 2][n][1]);
+              MultiplyAdd<T>(sums[i][m][2 * n + 1], x[m], dy[i % 2][n][2], dy[i % 2][n][3]);
+            }
+          }
+          if (i + 1 < kMostUnits && (starts >> (i + 1) & 1)) load_x(i + 1);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) Arrive(ring.empty());
+      ring.Advance();
+    }
+
+    SyncThreads(1, kProductWarps * 32);  // nobody reads the stages any more
+#pragma unroll
+    for (int i = 0; i < kMostUnits; ++i) {
+      if (i >= count) break;
+      const std::uint32_t unit = stages + (first + i) * (kUnit * kUnit * 4);
+#pragma unroll
+      for (int m = 0; m < kSteps; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2 * kSteps; ++n) {
+          const int row = m * 16 + lane / 4, col = n * 8 + lane % 4 * 2;
+          const float* sum = sums[i][m][n];
+          StoreShared8(unit + SumOffset<kUnit>(row, col), sum[0], sum[1]);
+          StoreShared8(unit + SumOffset<kUnit>(row + 8, col), sum[2], sum[3]);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, int kUnit, int kTokens>
+__global__ void __launch_bounds__(kSddmmThreads, 1) SddmmSmallKernel(const __grid_constant__ SddmmKernelParams p) {
+  RunSddmm<T, SmallConsumers<T, kUnit, kTokens>>(p);
+}
+
+}  // namespace jax_blocksparse::sm90

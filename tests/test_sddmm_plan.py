@@ -1,0 +1,150 @@
+"""Plans of sampled products, read the way the kernels read them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_blocksparse.plan import flat_size
+from jax_blocksparse.sddmm_layout import choose_layout
+from jax_blocksparse.sddmm_plan import SddmmLayout, make_flat_plan, make_plan
+
+SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
+UNITS = [(8, 16), (8, 128), (16, 16), (16, 128), (32, 32), (32, 128), (64, 64), (128, 128)]
+
+
+def make_case(block, unit, shape, density, strip=256, target=3, whole_rows=False, seed=0):
+    rng = np.random.default_rng(seed)
+    grid = [-(-features // block) for features in shape]
+    rows, cols = np.nonzero(rng.random(grid) < density)
+    inert = [(-1, 0), (0, -3), (grid[0], 0), (0, grid[1]), (2**20, 2**20)]
+    rows, cols = np.concatenate([np.stack([rows, cols]), np.array(inert).T], axis=1)
+    shuffle = rng.permutation(rows.size)
+    layout = SddmmLayout(*shape, block, rows.size, unit, strip, target, 1, whole_rows)
+    return rows[shuffle].astype(np.int32), cols[shuffle].astype(np.int32), layout
+
+
+def read(plan, layout):
+    """(block row, block column, id) of every block that is stored, checking what the kernels rely on."""
+    b, per_slab = layout.block_size, layout.slab // layout.unit
+    found = []
+    for tile, (first, first_unit, x_slabs, dy_slabs) in enumerate(plan.tiles[:-1]):
+        last, last_unit = plan.tiles[tile + 1, :2]
+        units = last_unit - first_unit
+        if units == 0:
+            assert first == last
+            continue
+        assert 1 <= units <= layout.capacity
+        assert 1 <= x_slabs <= layout.max_x_slabs
+        assert 1 <= dy_slabs <= layout.max_slabs - x_slabs
+        slabs = plan.slabs[tile]
+        assert len(set(slabs[:x_slabs])) == x_slabs
+        assert len(set(slabs[x_slabs : x_slabs + dy_slabs])) == dy_slabs
+        stored = set()
+        for position in range(first, last):
+            place = plan.places[position]
+            slot, in_row, in_col = place & 255, place >> 8 & 15, place >> 12 & 15
+            assert slot < units
+            stored.add(slot)
+            x, dy = plan.slots[first_unit + slot] & 0xFFFF, plan.slots[first_unit + slot] >> 16
+            assert x < x_slabs * per_slab <= dy < (x_slabs + dy_slabs) * per_slab
+            row = (slabs[x // per_slab] * per_slab + x % per_slab) * layout.ratio + in_row
+            col = (slabs[dy // per_slab] * per_slab + dy % per_slab) * layout.ratio + in_col
+            assert (place >> 16 & 31) * 8 == min(b, layout.in_features - row * b)
+            assert (place >> 21) * 8 == min(b, layout.out_features - col * b)
+            found.append((row, col, plan.order[position]))
+        assert stored == set(range(units))
+    return found
+
+
+def expected(rows, cols, layout):
+    return sorted(
+        (row, col, z)
+        for z, (row, col) in enumerate(zip(rows, cols, strict=True))
+        if 0 <= row < layout.grid[0] and 0 <= col < layout.grid[1]
+    )
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+@pytest.mark.parametrize("density", [0.03, 0.4, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("block", "unit"), UNITS)
+def test_plan_names_every_block_once(block, unit, shape, density, whole_rows):
+    rows, cols, layout = make_case(block, unit, shape, density, whole_rows=whole_rows)
+    plan = make_plan(rows, cols, layout, np)
+    assert sorted(read(plan, layout)) == expected(rows, cols, layout)
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+@pytest.mark.parametrize(("block", "unit"), UNITS)
+def test_numpy_and_jit_agree(block, unit, whole_rows):
+    rows, cols, layout = make_case(block, unit, (328, 776), 0.3, whole_rows=whole_rows)
+    on_host = make_plan(rows, cols, layout, np)
+    traced = jax.jit(lambda r, c: make_plan(r, c, layout, jnp))(rows, cols)
+    for host, device in zip(on_host, traced, strict=True):
+        np.testing.assert_array_equal(host, device)
+        assert host.dtype == device.dtype == np.int32
+
+
+def test_flat_plan_has_the_size_that_its_layout_says():
+    rows, cols, layout = make_case(16, 16, (328, 776), 0.3)
+    assert make_flat_plan(rows, cols, layout, np).shape == (flat_size(layout),)
+
+
+def test_order_is_a_permutation_with_inert_blocks_last():
+    rows, cols, layout = make_case(16, 16, (200, 136), 0.3)
+    plan = make_plan(rows, cols, layout, np)
+    np.testing.assert_array_equal(np.sort(plan.order), np.arange(rows.size))
+    live = plan.tiles[-1, 0]
+    assert live == rows.size - 5
+    assert set(plan.order[live:]) == set(np.flatnonzero((rows < 0) | (cols < 0) | (rows > 12) | (cols > 8)))
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_tiles_are_even(whole_rows):
+    rows, cols, layout = make_case(16, 16, (4096, 1024), 0.2, strip=512, target=32, whole_rows=whole_rows)
+    plan = make_plan(rows, cols, layout, np)
+    units, slabs = np.diff(plan.tiles[:, 1]), plan.tiles[:-1, 2:].sum(1)
+    units, slabs = units[units > 0], slabs[units > 0]
+    assert units.size == 32
+    assert units.max() <= (1.25 if whole_rows else 1.02) * units.mean()
+    assert slabs.max() <= 1.1 * slabs.mean()
+
+
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("density", [0.001, 0.05, 0.5, 1.0])
+def test_chosen_layout_is_bounded_by_the_number_of_blocks(block, density):
+    nnz = max(1, round(4096 * 1024 * density / block**2))
+    layout = choose_layout(4096, 1024, block, nnz)
+    assert layout.unit % block == 0
+    assert flat_size(layout) <= 64 * nnz + 40 * layout.strips
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (136, 8), (8, 4104)])
+def test_there_is_a_layout_for_any_shape(shape):
+    for nnz in (0, 1, 1000):
+        assert choose_layout(*shape, 8, nnz).tiles >= 0
+
+
+def test_tile_that_needs_too_many_slabs_is_cut():
+    rows = np.arange(160, dtype=np.int32) * 4  # one block in each slab of x, all in one column
+    layout = SddmmLayout(160 * 64, 64, 16, 160, 16, 64, target=1, split=1, whole_rows=False)
+    plan = make_plan(rows, np.zeros(160, np.int32), layout, np)
+    assert np.diff(plan.tiles[:, 1])[:6].tolist() == [27, 27, 27, 27, 27, 25]
+    assert sorted(read(plan, layout)) == expected(rows, np.zeros(160, np.int32), layout)
+
+
+def test_blocks_at_the_same_place_are_both_stored():
+    rows, cols = np.array([1, 0, 1], np.int32), np.array([2, 0, 2], np.int32)
+    layout = SddmmLayout(64, 64, 16, 3, 16, 64, target=1, split=1, whole_rows=False)
+    plan = make_plan(rows, cols, layout, np)
+    assert sorted(read(plan, layout)) == expected(rows, cols, layout)
+
+
+@pytest.mark.parametrize("unit", [16, 128])
+def test_pattern_without_blocks_has_tiles_without_units(unit):
+    none = np.zeros(0, np.int32)
+    layout = SddmmLayout(256, 300, 16, 0, unit, 128, target=4, split=1, whole_rows=False)
+    plan = make_plan(none, none, layout, np)
+    assert not plan.tiles.any()
+    assert plan.slots.size == plan.order.size == 0
