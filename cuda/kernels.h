@@ -36,8 +36,7 @@ cudaError_t LaunchSddmmMmaBF16(const SddmmParams& params, TileSize size, cudaStr
 cudaError_t LaunchSddmmMmaF16(const SddmmParams& params, TileSize size, cudaStream_t stream);
 
 // Few tokens on tensor cores: 16-bit elements, all block sizes, x with rows that start at multiples of 16 bytes. They
-// take tokens up to any number, but beyond 64 read the weights again.
-constexpr int kSkinnyTokens = 64;
+// take any number of tokens, but read the weights again for each 64.
 inline bool CanLaunchMatmulSkinny(const MatmulParams& p) {
   return Is16Bit(p.type) && p.in_features % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0;
 }

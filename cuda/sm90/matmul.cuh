@@ -28,14 +28,17 @@ cudaError_t LaunchSmallTile(const MatmulParams& params, int sms, cudaStream_t st
   }
 }
 
-// Clusters save copies of W, which pays where there is much of it; they cost some waiting for each other.
+// Clusters save copies of W, which pays where products bound and there is much of it; they cost some waiting for each
+// other and are placed so that fewer copies of x by neighbours coincide.
 template <typename T, int kBlock, bool kTranspose>
 cudaError_t LaunchLargeTile(const MatmulParams& params, int sms, cudaStream_t stream) {
-  const double density = static_cast<double>(params.nnz) * kBlock * kBlock /
-                         (static_cast<double>(params.in_features) * params.out_features);
   if (AreFew(params, 256, sms)) return LaunchLarge<T, kBlock, kTranspose, 64, 1>(params, sms, stream);
-  return density > 0.15 ? LaunchLarge<T, kBlock, kTranspose, 256, 2>(params, sms, stream)
-                        : LaunchLarge<T, kBlock, kTranspose, 256, 1>(params, sms, stream);
+  if constexpr (kBlock == 128) {
+    const double density = static_cast<double>(params.nnz) * kBlock * kBlock /
+                           (static_cast<double>(params.in_features) * params.out_features);
+    if (density > 0.15) return LaunchLarge<T, kBlock, kTranspose, 256, 2>(params, sms, stream);
+  }
+  return LaunchLarge<T, kBlock, kTranspose, 256, 1>(params, sms, stream);
 }
 
 template <typename T>

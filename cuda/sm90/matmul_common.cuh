@@ -331,7 +331,9 @@ cudaError_t LaunchPersistent(const KernelParams& params, std::int64_t tiles, int
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = kCluster > 1 ? 1 : 0;  // a cluster of one would still be placed like a cluster
+  // A cluster of one would still be placed like a cluster: away from the CTAs whose copies of x coincide with its own.
+  // That costs up to an eighth of the speed.
+  config.numAttrs = kCluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kKernel, params);
 }
 

@@ -5,8 +5,9 @@
 // the features with all tokens, where its piece is present. The roles are swapped: features are the instruction's M,
 // tokens its N, so that an absent piece saves a whole product and x, the larger operand, is read by wide products. W is
 // multiplied as it is stored, or transposed, by the choice of its descriptor: there is no packing, and one image in
-// shared memory serves both directions. A cluster of two takes neighbouring token tiles, which need the same pieces of
-// W: each fetches half of them for both. CTAs are persistent, so that copies of the next tile run while y is written.
+// shared memory serves both directions. A cluster of two, where one pays, takes neighbouring token tiles, which need
+// the same pieces of W: each fetches half of them for both. Few tokens or features make tiles of 64 tokens. CTAs are
+// persistent, so that copies of the next tile run while y is written.
 // What bounds it: the tensor cores for blocks of 128 at high density; filling shared memory from L2 for blocks of 64,
 // where a chunk of x serves 1 to 2 pieces; reading x and writing y at low density.
 #pragma once
