@@ -1,4 +1,13 @@
-"""The command line: `python -m benchmarks`, run from the root of the repository."""
+"""The command line: `python -m benchmarks`, run from the root of the repository.
+
+Without a command it measures. `show`, `figures`, `readme` and `advice`, each with the file of an earlier run, print its
+tables, draw its pictures, write README's section on speed, and write what `jax_blocksparse.advise` knows of the device.
+"""
+
+import os
+
+# A peer that allocates for itself needs room on the GPU beside JAX.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import argparse
 import dataclasses
@@ -10,11 +19,11 @@ from typing import Any
 
 import jax
 
-from benchmarks import report
-from benchmarks.cases import DTYPES, PATTERNS, PRESETS, PRODUCTS, Selection, Shape
+from benchmarks import figures, readme, report, shipping
+from benchmarks.cases import DTYPES, PATTERNS, PRESETS, PRODUCTS, Group, Selection, Shape
 from benchmarks.contenders import CONTENDERS, DENSE
-from benchmarks.environment import describe, gpu_state
-from benchmarks.runner import Method, measure_group
+from benchmarks.environment import copy_bandwidth, describe, gpu_state, l2_bytes
+from benchmarks.runner import Method, Runner
 from jax_blocksparse import BLOCK_SIZES
 
 
@@ -27,56 +36,99 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0 if everything was measured, 1 if a result was wrong or a contender failed.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.show:
-        print(report.markdown(report.load(options.show)))
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0] in _COMMANDS:
+        parser = argparse.ArgumentParser(prog=f"python -m benchmarks {arguments[0]}")
+        parser.add_argument("file", type=pathlib.Path, help="the JSON file of an earlier run")
+        _COMMANDS[arguments[0]](parser.parse_args(arguments[1:]).file)
         return 0
+    options = _parser().parse_args(arguments)
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
-    selection = PRESETS[options.preset or ("cpu" if on_cpu else "gpu")]
+    preset = options.preset or ("cpu" if on_cpu else "standard")
     given = {name: getattr(options, name) for name in _FIELDS if getattr(options, name) is not None}
-    selection = dataclasses.replace(selection, **given)
-    timer = options.timer or ("call" if on_cpu else "loop")
+    selections = [dataclasses.replace(selection, **given) for selection in PRESETS[preset]]
     method = Method(
-        timer=timer,
-        cache=options.cache or ("warm" if on_cpu or timer == "call" else "cold"),
+        timer=options.timer or ("call" if on_cpu else "loop"),
         repetitions=options.repeats,
-        budget=options.budget,
+        seconds=options.seconds,
+        l2_bytes=l2_bytes(device),
+        platform=device.platform,
     )
-    if method.cache == "cold" and method.timer == "call":
-        parser.error("--cache cold needs --timer loop")
-    environment = describe(device, options.revision)
-    path = options.output or report.default_path(environment)
-    results = _measure(selection, method, device, environment, path)
+    results = {
+        "complete": False,
+        "preset": preset,
+        "environment": describe(device, options.revision),
+        "settings": dataclasses.asdict(method),
+        "missing": {},
+        "left_out": [],
+        "results": [],
+    }
+    path = options.output or report.default_path(results["environment"])
+    _measure(_groups(selections, results), Runner(method), device, options.budget, results, path)
     print(report.markdown(results))
+    print(f"results are in {path}", file=sys.stderr)
     return 0 if all(record["status"] == "ok" for record in results["results"]) else 1
 
 
-def _measure(
-    selection: Selection, method: Method, device: jax.Device, environment: dict[str, Any], path: pathlib.Path
-) -> dict[str, Any]:
-    results: dict[str, Any] = {
-        "complete": False,
-        "environment": environment,
-        "settings": {**dataclasses.asdict(selection), **dataclasses.asdict(method)},
-        "results": [],
+def _groups(selections: Sequence[Selection], results: dict[str, Any]) -> list[Group]:
+    """All groups, each once, with the cases that can be measured here; what cannot be is noted in the results."""
+    wanted = {name for selection in selections for name in selection.contenders}
+    results["missing"] = {
+        name: reason for name in CONTENDERS if name in wanted and (reason := CONTENDERS[name].missing())
     }
-    groups = list(selection.groups())
-    for number, (workload, sparsities) in enumerate(groups, start=1):
-        start = time.perf_counter()
-        records = measure_group(workload, sparsities, selection, method, environment)
-        results["results"] += [{"group": number, **record} for record in records]
-        environment["gpu"] = gpu_state(device)  # while it is still hot
-        results["complete"] = number == len(groups)
-        report.save(path, results)
-        what = (
-            f"{workload.product} {workload.shape} {workload.dtype} {sparsities[0].pattern} {sparsities[0].block_size}"
+    for name, reason in results["missing"].items():
+        print(f"without {name}: {reason}", file=sys.stderr)
+    groups = []
+    for group in (group for selection in selections for group in selection.groups()):
+        cases = tuple(
+            case
+            for case in group.cases
+            if case.contender not in results["missing"]
+            and CONTENDERS[case.contender].offers(group.workload, case.sparsity)
         )
-        print(f"[{number}/{len(groups)}] {what}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    print(f"results are in {path}", file=sys.stderr)
-    return results
+        if cases and group._replace(cases=cases) not in groups:
+            groups.append(group._replace(cases=cases))
+    return groups
 
+
+def _measure(
+    groups: Sequence[Group],
+    runner: Runner,
+    device: jax.Device,
+    budget: float,
+    results: dict[str, Any],
+    path: pathlib.Path,
+) -> None:
+    """Goes through the groups until the budget is spent, and writes the file after each."""
+    start = time.perf_counter()
+    if device.platform == "gpu":
+        results["environment"]["copy_bytes_per_s"] = copy_bandwidth()
+    for number, group in enumerate(groups, start=1):
+        before = time.perf_counter()
+        if number > 1 and before - start > budget:
+            results["left_out"] = [str(each) for each in groups[number - 1 :]]
+            print(f"the budget is spent: {len(results['left_out'])} groups are left out", file=sys.stderr)
+            break
+        results["results"] += [{"group": number, **record} for record in runner.measure(group)]
+        results["environment"]["gpu"] = gpu_state(device)  # while it is still hot
+        report.save(path, results)
+        print(f"[{number}/{len(groups)}] {group}: {time.perf_counter() - before:.1f} s", file=sys.stderr)
+    results["complete"] = not results["left_out"]
+    report.save(path, results)
+
+
+def _draw(path: pathlib.Path) -> None:
+    for file in figures.draw(report.load(path), path.with_suffix("")):
+        print(file)
+
+
+_COMMANDS: dict[str, Callable[[pathlib.Path], None]] = {
+    "show": lambda path: print(report.markdown(report.load(path))),
+    "figures": _draw,
+    "readme": readme.write,
+    "advice": lambda path: shipping.write(report.load(path)),
+}
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
 
@@ -85,23 +137,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measures y = x W, dx = dy W^T and dW = x^T dy with a block-sparse W beside the dense product.",
+        epilog="`python -m benchmarks show|figures|readme|advice FILE` makes tables, pictures, README's section on "
+        "speed and the measurements that the package ships, from the file of an earlier run.",
     )
-    implementations = [name for name in CONTENDERS if name != DENSE]
-    parser.add_argument("--preset", choices=PRESETS, help="what to measure; by default that of the device")
-    parser.add_argument("--shapes", type=_list(Shape.parse), metavar="MxKxN,...")
+    contenders = [name for name in CONTENDERS if name != DENSE]
+    parser.add_argument("--preset", choices=PRESETS, help="what to measure (default: standard; on a CPU, cpu)")
+    parser.add_argument(
+        "--shapes", type=_list(Shape.parse), metavar="MxKxN,...", help="instead of the preset's, as all below"
+    )
     parser.add_argument("--blocks", type=_list(_one_of(BLOCK_SIZES, int)), metavar="B,...")
     parser.add_argument("--densities", type=_list(_density), metavar="D,...")
     parser.add_argument("--dtypes", type=_list(_one_of(DTYPES)), metavar=",".join(DTYPES))
     parser.add_argument("--products", type=_list(_one_of(PRODUCTS)), metavar=",".join(PRODUCTS))
     parser.add_argument("--patterns", type=_list(_one_of(PATTERNS)), metavar=",".join(PATTERNS))
-    parser.add_argument("--implementations", type=_list(_one_of(implementations)), metavar=",".join(implementations))
+    parser.add_argument("--contenders", type=_list(_one_of(contenders)), metavar=",".join(contenders))
+    parser.add_argument("--cache", choices=("cold", "warm"), help="whether inputs may lie in a GPU's L2")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="repetitions of each case (default 20)")
-    parser.add_argument("--budget", type=float, default=2.5, metavar="SECONDS", help="per case; slow ones repeat less")
+    parser.add_argument(
+        "--seconds", type=float, default=2.5, metavar="S", help="for each case; slow ones are repeated less"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="S", help="for all; groups that would start later are left out"
+    )
     parser.add_argument("--timer", choices=("call", "loop"), help="time calls (CPU), or loops on the device (others)")
-    parser.add_argument("--cache", choices=("cold", "warm"), help="whether inputs may lie in a GPU's L2 (default cold)")
-    parser.add_argument("--revision", metavar="COMMIT", help="to record where the folder is no git checkout")
+    parser.add_argument("--revision", metavar="COMMIT", help="to record instead of what git says")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--show", type=pathlib.Path, metavar="FILE", help="print the tables of an earlier run, and end")
     return parser
 
 

@@ -7,16 +7,20 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jax_blocksparse import BlockPattern, patterns
+from jax_blocksparse import BLOCK_SIZES, BlockPattern, patterns
 
 PRODUCTS = ("y", "dx", "dw")
 """y = x W, dx = dy W^T, dw = x^T dy (its blocks, where W is block-sparse)."""
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
+DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "tf32": jnp.float32, "f32": jnp.float32}
+
+PRECISIONS = {"tf32": "default", "f32": "highest"}
+"""The `precision` to ask for where a dtype leaves it open: a GPU's default for float32 is TF32."""
 
 PATTERNS: dict[str, Callable[..., BlockPattern]] = {
     "random": lambda shape, b, density: patterns.random(shape, b, density=density, seed=0),
     "bernoulli": lambda shape, b, density: patterns.random(shape, b, density=density, seed=0, distribution="bernoulli"),
+    "barabasi-albert": lambda shape, b, density: patterns.barabasi_albert(shape, b, density=density, seed=0),
     "banded": lambda shape, b, density: patterns.banded(shape, b, density=density),
     "block-diagonal": lambda shape, b, density: patterns.block_diagonal(shape, b, density=density),
     "butterfly": lambda shape, b, density: patterns.butterfly(shape, b, density=density),
@@ -73,42 +77,90 @@ class Sparsity:
         return PATTERNS[self.pattern]((shape.k, shape.n), self.block_size, self.density)
 
 
+class Case(NamedTuple):
+    """Who is measured on which blocks."""
+
+    contender: str
+    sparsity: Sparsity
+
+
+class Group(NamedTuple):
+    """What is timed in turns, beside dense: cases of one product, block size and pattern."""
+
+    workload: Workload
+    cache: str
+    cases: tuple[Case, ...]
+
+    def __str__(self) -> str:
+        blocks = self.cases[0].sparsity
+        warm = ", warm" if self.cache == "warm" else ""
+        product, shape, dtype = self.workload.product, self.workload.shape, self.workload.dtype
+        return f"{product} {shape} {dtype} {blocks.pattern} {blocks.block_size}{warm}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What to measure: all combinations of these."""
+    """What to measure: all combinations of these.
+
+    Attributes:
+      cache: "cold" (inputs are not in the L2 cache when their turn comes) or "warm"; on a CPU it means nothing.
+    """
 
     shapes: tuple[Shape, ...]
-    blocks: tuple[int, ...]
-    densities: tuple[float, ...]
-    dtypes: tuple[str, ...]
+    blocks: tuple[int, ...] = BLOCK_SIZES[::-1]
+    densities: tuple[float, ...] = (0.25, 0.05)
+    dtypes: tuple[str, ...] = ("bf16",)
     products: tuple[str, ...] = PRODUCTS
     patterns: tuple[str, ...] = ("random",)
-    implementations: tuple[str, ...] = ("native",)
+    contenders: tuple[str, ...] = ("native",)
+    cache: str = "cold"
 
-    def groups(self) -> Iterator[tuple[Workload, list[Sparsity]]]:
-        """Yields the cases that are timed in turns with one run of dense: they differ only in density."""
+    def groups(self) -> Iterator[Group]:
+        """Yields the groups, those of one workload one after the other."""
         for shape, dtype, product in itertools.product(self.shapes, self.dtypes, self.products):
             for pattern, block in itertools.product(self.patterns, self.blocks):
-                yield Workload(shape, dtype, product), [Sparsity(pattern, block, d) for d in self.densities]
+                cases = (Case(who, Sparsity(pattern, block, d)) for d in self.densities for who in self.contenders)
+                yield Group(Workload(shape, dtype, product), self.cache, tuple(cases))
 
 
-PRESETS = {
-    "cpu": Selection(
-        shapes=(Shape(2048, 2048, 2048),),
-        blocks=(32, 16, 64, 128, 8),
-        densities=(1.0, 0.5, 0.25, 0.1, 0.05),
-        dtypes=("f32",),
+PEERS = ("torch-bsr", "stk", "cusparse-bell", "cusparse-bsr")
+SLOW_PEERS = ("xla", "jax-bcoo")
+
+_MAIN = Selection(shapes=(Shape(8192, 4096, 4096),), densities=(1.0, 0.5, 0.25, 0.1, 0.05, 0.02))
+_OTHERS = Selection(shapes=(Shape(8192, 4096, 16384), Shape(8192, 16384, 4096), Shape(32768, 1024, 4096)))
+_SMALL_BATCH = Selection(
+    shapes=(
+        *(Shape(m, 12288, 12288) for m in (64, 32)),
+        *(Shape(m, 4096, 14336) for m in (16, 4, 1)),
     ),
-    "gpu": Selection(
-        shapes=(Shape(8192, 4096, 4096),),
-        blocks=(16, 32, 64, 128, 8),
-        densities=(0.5, 0.25, 0.1, 0.05),
-        dtypes=("bf16",),
+    blocks=(16, 32, 64, 128),
+    densities=(0.1, 0.05),
+    products=("y",),
+)
+_UNEVEN = dataclasses.replace(
+    _MAIN, blocks=(16, 32, 64, 128), densities=(0.1,), patterns=("bernoulli", "barabasi-albert", "banded")
+)
+_DTYPES = dataclasses.replace(_MAIN, blocks=(16, 64), densities=(0.1,), dtypes=("f16", "tf32", "f32"))
+
+PRESETS: dict[str, tuple[Selection, ...]] = {
+    "cpu": (Selection(shapes=(Shape(2048, 2048, 2048),), densities=(1.0, 0.5, 0.25, 0.1, 0.05), dtypes=("f32",)),),
+    "quick": (_MAIN,),
+    "standard": (
+        _MAIN,
+        dataclasses.replace(_MAIN, blocks=(128, 64, 32, 16), densities=(0.25, 0.05), contenders=PEERS),
+        _SMALL_BATCH,
+        _UNEVEN,
+        _OTHERS,
+        _DTYPES,
+        dataclasses.replace(_SMALL_BATCH, shapes=_SMALL_BATCH.shapes[::4], blocks=(32,), cache="warm"),
     ),
-    "quick": Selection(
-        shapes=(Shape(512, 512, 512),),
-        blocks=(32,),
-        densities=(0.25,),
-        dtypes=("f32",),
+    "full": (
+        dataclasses.replace(_MAIN, contenders=("native", *PEERS, *SLOW_PEERS)),
+        dataclasses.replace(_SMALL_BATCH, densities=_MAIN.densities, contenders=("native", *PEERS, *SLOW_PEERS)),
+        dataclasses.replace(_UNEVEN, blocks=_MAIN.blocks, densities=_MAIN.densities, patterns=tuple(PATTERNS)[1:]),
+        dataclasses.replace(_OTHERS, densities=_MAIN.densities, contenders=("native", *PEERS)),
+        dataclasses.replace(_DTYPES, blocks=_MAIN.blocks, densities=_MAIN.densities, contenders=("native", "xla")),
+        dataclasses.replace(_SMALL_BATCH, products=PRODUCTS, cache="warm"),
     ),
 }
+"""Most wanted first, so that a run that is cut short has it."""

@@ -1,5 +1,6 @@
 """Where and with what a measurement is made."""
 
+import contextlib
 import ctypes
 import datetime
 import importlib.metadata
@@ -7,14 +8,19 @@ import os
 import pathlib
 import platform
 import re
+import statistics
 import subprocess
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 _PACKAGES = ("jax_blocksparse", "jax", "jaxlib", "numpy")
+_PEER_PACKAGES = ("torch", "triton", "nvidia-cusparse", "nvidia-cusparse-cu12", "stanford-stk")
 _GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
 _CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE = 38
 
@@ -24,7 +30,7 @@ def describe(device: jax.Device, revision: str | None) -> dict[str, Any]:
 
     Args:
       device: the device measured.
-      revision: what to record where the folder is no git checkout.
+      revision: what to record instead of what git says.
     """
     return {
         "device": device_name(device),
@@ -37,12 +43,27 @@ def describe(device: jax.Device, revision: str | None) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in _PACKAGES},
+            **_versions_if_installed(_PEER_PACKAGES),
             "backend": " ".join(device.client.platform_version.split()),
         },
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "matmul_precision": jax.config.jax_default_matmul_precision,
-        "revision": _git_revision() or {"commit": revision, "dirty": None},
+        "revision": {"commit": revision, "dirty": None} if revision else _git_revision(),
     }
+
+
+def copy_bandwidth() -> float:
+    """Returns the bytes per second that the device reads and writes when it negates much more than its caches hold."""
+    array = jnp.ones(2**28, jnp.float32)
+    negate = jax.jit(jnp.negative)
+    taken, calls = [], 10
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):  # each takes long enough to hide the launch of the next
+            array = negate(array)
+        array.block_until_ready()
+        taken.append(time.perf_counter() - start)
+    return calls * 2 * array.nbytes / statistics.median(taken)
 
 
 def device_name(device: jax.Device) -> str:
@@ -83,10 +104,18 @@ def gpu_state(device: jax.Device) -> dict[str, str] | None:
     return answer and dict(zip(_GPU_FIELDS, answer.split(", "), strict=True))
 
 
-def _git_revision() -> dict[str, Any] | None:
+def _versions_if_installed(packages: Sequence[str]) -> dict[str, str]:
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _git_revision() -> dict[str, Any]:
     commit = _output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changes = _output_of("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return commit and {"commit": commit, "dirty": bool(changes)}
+    return {"commit": commit, "dirty": commit and bool(changes)}
 
 
 def _output_of(*command: str) -> str | None:

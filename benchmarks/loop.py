@@ -1,25 +1,29 @@
 """Many calls in one compiled program: for accelerators, where Python and the launch must not be timed.
 
-The program is a loop, and an iteration makes one call on each of several input sets. Two things would make its time a
-lie, and both are looked for: XLA could merge calls or hoist them out of the loop, so the work in the body is counted in
-the compiled HLO; and the time must grow in proportion to the number of iterations.
+The program is a loop, and an iteration makes several calls, each on inputs of its own or all on the same. Two things
+would make its time a lie, and both are looked for: XLA could merge calls or hoist them out of the loop, so the work in
+the body is counted in the compiled HLO; and the time must grow in proportion to the number of iterations.
 """
 
+import functools
 import math
 import re
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.contenders import Task
-from benchmarks.timing import byte_count, seconds
+from benchmarks.tasks import JaxTask
+from benchmarks.timing import byte_count
 
 # Eight calls in an iteration: enough for XLA to launch it as one CUDA graph, and to hide the kernel that counts
 # iterations. More only to fill the L2 cache; then inputs so small as to need yet more stay in it.
 LEAST_CALLS, MOST_CALLS = 8, 64
-SHORT_TRIPS = 2
-RUN_SECONDS = 0.02
+# The inner loop, whose length is compiled in, takes about so long; the outer one, which waits for the host to look at
+# its condition, makes of it a run of about so long.
+INNER_SECONDS, RUN_SECONDS = 0.002, 0.008
+LEAST_TRIPS = 2  # XLA knows a loop of one trip for none
 
 
 class NotTimedError(RuntimeError):
@@ -29,78 +33,103 @@ class NotTimedError(RuntimeError):
 class LoopProgram:
     """A loop over calls of the function, on the device.
 
-    The calls of an iteration must have inputs of their own (on equal ones XLA merges them), and every iteration gets
-    them through an optimization barrier (else XLA hoists the calls out of the loop). Inputs and outputs are donated and
-    handed back, so that the loop works in place and nothing is copied or cleared.
+    The inputs of each call are arguments of their own, also where they are the same arrays (on equal ones XLA merges
+    the calls), and every iteration gets them through an optimization barrier (else XLA hoists the calls out of it).
+    Outputs are donated and handed back, so that the loop works in place and nothing is copied or cleared.
     """
 
-    def __init__(self, task: Task, *, cold_bytes: int) -> None:
-        """Compiles the program, finds how many iterations make a run long enough, and checks it.
+    def __init__(self, task: JaxTask, *, cold_bytes: int) -> None:
+        """Compiles the program.
 
         Args:
           task: what to call.
           cold_bytes: the input sets together must be at least this large, so that none is in the L2 cache when its
-            turn comes; 0 for as few as make a good loop.
+            turn comes; 0 for a single set.
 
         Raises:
-          NotTimedError: if the calls were merged, hoisted or do not take time in proportion to their number.
+          NotTimedError: if the calls were merged or hoisted.
         """
         first = task.operands(0)
-        self.input_copies = min(MOST_CALLS, max(LEAST_CALLS, math.ceil(cold_bytes / byte_count(first))))
-        # Donation wants every buffer to be there once, also where sets share an array.
-        operands = [jax.tree.map(jnp.copy, task.operands(i)) for i in range(self.input_copies)]
-        shape = jax.eval_shape(task.function, *first)
-        outputs = [jnp.full(shape.shape, jnp.nan, shape.dtype) for _ in operands]
+        wanted = math.ceil(cold_bytes / byte_count(first))
+        calls = min(MOST_CALLS, max(LEAST_CALLS, wanted))
+        self.input_copies = calls if cold_bytes else 1
+        single = jax.jit(task.function).lower(*first).compile()
+        trips = max(LEAST_TRIPS, round(INNER_SECONDS / calls / _seconds_of_call(single, first)))
+
+        operands = [first, *(task.operands(i) for i in range(1, self.input_copies))]
         self.working_set = byte_count(operands)
-        self._state = (operands, outputs)
-
-        single = jax.jit(task.function).lower(*first).compile().as_text()
-        self._wanted_work = self.input_copies * max(1, work_in_program(single))
-
-        trips = SHORT_TRIPS
-        short = long = self._fastest(task, trips)
-        while trips == SHORT_TRIPS or long < RUN_SECONDS / 2:
-            trips = max(2 * trips, math.ceil(trips * RUN_SECONDS / long))
-            long = self._fastest(task, trips)
-        self.calls = self.input_copies * trips
-        # The part of the time that grows with the iterations; the rest is starting the program and, maybe, other work.
-        explained = (long - short) / (trips - SHORT_TRIPS) * trips / long
-        if not 0.7 < explained < 1.4:
-            raise NotTimedError(
-                f"time is not in proportion to calls: {SHORT_TRIPS} iterations take {short:.3e} s, {trips} {long:.3e} s"
-            )
-
-    def run(self) -> None:
-        """Runs the loop to its end."""
-        self._state = jax.block_until_ready(self._compiled(*self._state))
-
-    def result(self) -> tuple[tuple[Any, ...], jax.Array]:
-        """Returns the last set of inputs and its output, from the last iteration."""
-        operands, outputs = self._state
-        return operands[-1], outputs[-1]
-
-    def _fastest(self, task: Task, trips: int) -> float:
-        """Compiles and checks the program with this many iterations; returns the time of its fastest run."""
+        self._operands = [operands[i % self.input_copies] for i in range(calls)]
+        shape = jax.eval_shape(task.function, *first)
+        self._outputs = [jnp.full(shape.shape, jnp.nan, shape.dtype) for _ in range(calls)]
+        self._calls_per_round = calls * trips
+        self._rounds = 1
 
         def iteration(_: jax.Array, state: tuple[list[Any], list[jax.Array]]) -> tuple[list[Any], list[jax.Array]]:
             operands = jax.lax.optimization_barrier(state[0])
             return operands, [task.function(*arguments) for arguments in operands]
 
-        def program(operands: list[Any], outputs: list[jax.Array]) -> tuple[list[Any], list[jax.Array]]:
-            return jax.lax.fori_loop(0, trips, iteration, (operands, outputs))
+        @functools.partial(jax.jit, donate_argnums=2)
+        def program(rounds: jax.Array, operands: list[Any], outputs: list[jax.Array]) -> list[jax.Array]:
+            def inner_loop(_: jax.Array, state: Any) -> Any:
+                return jax.lax.fori_loop(0, trips, iteration, state)
 
-        self._compiled = jax.jit(program, donate_argnums=(0, 1)).lower(*self._state).compile()
-        found = work_in_loops(self._compiled.as_text())
-        if found < self._wanted_work:
-            raise NotTimedError(
-                f"XLA merged or hoisted calls: {found} operations in the loop, {self._wanted_work} wanted"
-            )
+            return jax.lax.fori_loop(0, rounds, inner_loop, (operands, outputs))[1]
+
+        self._compiled = program.lower(jnp.int32(1), self._operands, self._outputs).compile()
+        wanted = calls * max(1, work_in_program(single.as_text()))
+        found = work_in_inner_loops(self._compiled.as_text())
+        if found < wanted:
+            raise NotTimedError(f"XLA merged or hoisted calls: {found} operations in the loop, {wanted} wanted")
         self.run()
-        return min(seconds(self) for _ in range(5))
+
+    @property
+    def calls(self) -> int:
+        """How often one run computes the product."""
+        return self._calls_per_round * self._rounds
+
+    def calibrate(self) -> None:
+        """Finds how many rounds make a run long enough; to be called when nothing else is running.
+
+        Raises:
+          NotTimedError: if the time does not grow in proportion to them.
+        """
+        self._rounds = 1
+        self.run()
+        short = min(self.run() for _ in range(3))
+        self._rounds = max(2, math.ceil(RUN_SECONDS / short))
+        long = min(self.run() for _ in range(3))
+        # The part of the time that grows with the rounds; the rest is starting the program and, maybe, other work.
+        explained = (long - short) / (self._rounds - 1) * self._rounds / long
+        if not 0.7 < explained < 1.4:
+            raise NotTimedError(
+                f"time is not in proportion to calls: 1 round takes {short:.3e} s, {self._rounds} {long:.3e} s"
+            )
+
+    def run(self) -> float:
+        """Runs the loop to its end and returns the seconds that took."""
+        rounds = jnp.int32(self._rounds)
+        start = time.perf_counter()
+        self._outputs = jax.block_until_ready(self._compiled(rounds, self._operands, self._outputs))
+        return time.perf_counter() - start
+
+    def result(self) -> tuple[tuple[Any, ...], jax.Array]:
+        """Returns the last set of inputs and its output, from the last iteration."""
+        return self._operands[-1], self._outputs[-1]
+
+
+def _seconds_of_call(compiled: Any, operands: tuple[Any, ...]) -> float:
+    """A rough upper bound of a call's time: queued several times, if that is short."""
+    taken = math.inf
+    for calls in (1, 1, 10):
+        if taken < INNER_SECONDS or calls == 1:
+            start = time.perf_counter()
+            jax.block_until_ready([compiled(*operands) for _ in range(calls)])
+            taken = min(taken, (time.perf_counter() - start) / calls)
+    return taken
 
 
 _WORK = re.compile(r"\b(?:custom-call|dot|convolution|reduce|scatter)\(")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\n}", re.MULTILINE | re.DOTALL)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*?\n}", re.MULTILINE | re.DOTALL)
 _REFERENCE = re.compile(r"[={ ]%?([\w.-]+)")
 _BODY = re.compile(r"\bwhile\(.*\bbody=%?([\w.-]+)")
 
@@ -110,11 +139,12 @@ def work_in_program(hlo: str) -> int:
     return len(_WORK.findall(hlo))
 
 
-def work_in_loops(hlo: str) -> int:
-    """Counts those in the bodies of its loops and in what these call."""
-    computations = {match[1]: match[0] for match in _COMPUTATION.finditer(hlo)}
+def work_in_inner_loops(hlo: str) -> int:
+    """Counts those in the loops within the program's loops, and in what these call."""
+    computations = {match[2]: match[0] for match in _COMPUTATION.finditer(hlo)}
+    entry = next(match[0] for match in _COMPUTATION.finditer(hlo) if match[1])
     reached: set[str] = set()
-    pending = _BODY.findall(hlo)
+    pending = [inner for outer in _BODY.findall(entry) for inner in _BODY.findall(computations[outer])]
     while pending:
         name = pending.pop()
         if name not in reached:

@@ -1,14 +1,16 @@
 """Measures groups of cases: prepares, checks, times, and turns the times into records."""
 
+import concurrent.futures
 import dataclasses
 import math
 import traceback
 from typing import Any
 
-from benchmarks.cases import Selection, Sparsity, Workload
+from benchmarks.cases import Case, Group, Workload
 from benchmarks.checking import tolerance
-from benchmarks.contenders import CONTENDERS, DENSE, Task
+from benchmarks.contenders import CONTENDERS, DENSE
 from benchmarks.loop import LoopProgram
+from benchmarks.tasks import LibraryTask, Task
 from benchmarks.timing import CallProgram, Program, Times, measure
 
 
@@ -18,15 +20,17 @@ class Method:
 
     Attributes:
       timer: "call" (one call on the host's clock) or "loop" (many calls in one program on the device).
-      cache: "cold" (inputs are not in the L2 cache when their turn comes) or "warm"; only the loop can be cold.
       repetitions: how often to run each program.
-      budget: seconds for each program.
+      seconds: for each program; slow ones are run less often.
+      l2_bytes: the size of the L2 cache; None where it is not known, and so no measurement is "cold".
+      platform: what JAX calls the device's kind.
     """
 
     timer: str
-    cache: str
     repetitions: int
-    budget: float
+    seconds: float
+    l2_bytes: int | None
+    platform: str
 
 
 @dataclasses.dataclass
@@ -35,96 +39,121 @@ class _Entry:
     program: Program | None = None
 
 
-def measure_group(
-    workload: Workload, sparsities: list[Sparsity], selection: Selection, method: Method, environment: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Times dense and our implementations on one product, in turns.
+class Runner:
+    """Measures groups, one after the other; what dense needs is kept while the workload is the same."""
 
-    Returns:
-      A record for each contender and sparsity, dense first. Its "status" is "ok", "wrong" (the result failed the check)
-      or "error" (it raised), with the reason in "message" and null for all times.
-    """
-    entries = [_prepare(DENSE, workload, None, method, environment)]
-    entries += [
-        _prepare(name, workload, sparsity, method, environment)
-        for sparsity in sparsities
-        for name in selection.implementations
-    ]
-    ready = [entry for entry in entries if entry.program is not None]
-    if ready:
-        programs = [entry.program for entry in ready]
-        times = measure(programs, repetitions=method.repetitions, budget=method.budget)
-        for entry, each in zip(ready, times, strict=True):
-            entry.record |= _figures(entry.record["flops"], each)
-    records = [entry.record for entry in entries]
-    for record in records:
-        record |= _against(record, records[0])
-    return records
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._dense: _Entry | None = None
+        self._dense_of: tuple[Workload, str] | None = None
+
+    def measure(self, group: Group) -> list[dict[str, Any]]:
+        """Times dense and the other contenders of a group in turns.
+
+        Returns:
+          A record for each contender and sparsity, dense first. Its "status" is "ok", "wrong" (the result failed the
+          check) or "error" (it raised), with the reason in "message" and null for all times.
+        """
+        if self._dense_of != (group.workload, group.cache):
+            self._dense = None  # frees its memory before the next is made
+            self._dense = self._prepare(Case(DENSE, None), group)
+            self._dense_of = (group.workload, group.cache)
+        entries = [_Entry(dict(self._dense.record), self._dense.program), *self._prepare_all(group)]
+        for entry in entries:
+            self._calibrate(entry)
+        ready = [entry for entry in entries if entry.program is not None]
+        if ready:
+            programs = [entry.program for entry in ready]
+            times = measure(programs, repetitions=self._method.repetitions, seconds=self._method.seconds)
+            for entry, each in zip(ready, times, strict=True):
+                entry.record |= _figures(entry, each)
+        for entry in entries:
+            entry.record |= _against(entry.record, entries[0].record)
+        return [entry.record for entry in entries]
+
+    def _prepare_all(self, group: Group) -> list[_Entry]:
+        """Compiles in parallel what is ours; libraries with compilers and graph captures of their own come in turn."""
+        alone = {case for case in group.cases if CONTENDERS[case.contender].needs}
+        threads = 1 if self._method.platform == "cpu" else len(group.cases)
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            futures = {case: pool.submit(self._prepare, case, group) for case in group.cases if case not in alone}
+            prepared = {case: future.result() for case, future in futures.items()}
+        return [prepared.get(case) or self._prepare(case, group) for case in group.cases]
+
+    def _prepare(self, case: Case, group: Group) -> _Entry:
+        workload, sparsity = group.workload, case.sparsity
+        record = {
+            "contender": case.contender,
+            "product": workload.product,
+            **workload.shape._asdict(),
+            "dtype": workload.dtype,
+            "pattern": sparsity and sparsity.pattern,
+            "block_size": sparsity and sparsity.block_size,
+            "density": sparsity.density if sparsity else 1.0,
+            "cache": None,
+            "status": "ok",
+            "message": None,
+            **dict.fromkeys(("actual_density", "flops", "error", "tolerance")),
+            **dict.fromkeys(("calls_per_repetition", "input_copies", "working_set_bytes")),
+            **dict.fromkeys(("median_s", "p10_s", "p90_s", "repetitions", "flops_per_s")),
+        }
+        try:
+            task = CONTENDERS[case.contender].task(workload, sparsity)
+            record |= {"actual_density": task.density, "flops": task.flops}
+            program = self._program(task, group.cache)
+            program.run()
+            error = task.error(*program.result())
+        except Exception as problem:  # One contender that fails is a result; the others are still measured.
+            return _Entry(record | _failure(problem))
+        limit = tolerance(workload.dtype)
+        # JSON knows no infinity.
+        record |= {"error": error if math.isfinite(error) else None, "tolerance": limit}
+        if not error <= limit:
+            message = f"the relative error is {error:.2e}, {limit:.0e} is allowed"
+            return _Entry(record | {"status": "wrong", "message": message})
+        return _Entry(record, program)
+
+    def _program(self, task: Task, cache: str) -> Program:
+        if self._method.timer == "call":
+            return CallProgram(task)
+        cold_bytes = 2 * self._method.l2_bytes if cache == "cold" and self._method.l2_bytes else 0
+        if isinstance(task, LibraryTask):
+            from benchmarks.graph import GraphProgram
+
+            return GraphProgram(task, cold_bytes=cold_bytes)
+        return LoopProgram(task, cold_bytes=cold_bytes)
+
+    def _calibrate(self, entry: _Entry) -> None:
+        if entry.program is None:
+            return
+        try:
+            entry.program.calibrate()
+        except Exception as problem:
+            entry.program = None
+            entry.record |= _failure(problem)
+            return
+        l2_bytes = self._method.l2_bytes
+        entry.record |= {
+            "calls_per_repetition": entry.program.calls,
+            "input_copies": entry.program.input_copies,
+            "working_set_bytes": entry.program.working_set,
+            "cache": l2_bytes and ("cold" if entry.program.working_set >= 2 * l2_bytes else "warm"),
+        }
 
 
-def _prepare(
-    name: str, workload: Workload, sparsity: Sparsity | None, method: Method, environment: dict[str, Any]
-) -> _Entry:
-    record = {
-        "contender": name,
-        "product": workload.product,
-        **workload.shape._asdict(),
-        "dtype": workload.dtype,
-        "pattern": sparsity and sparsity.pattern,
-        "block_size": sparsity and sparsity.block_size,
-        "density": sparsity.density if sparsity else 1.0,
-        "status": "ok",
-        "message": None,
-        **dict.fromkeys(("actual_density", "flops", "error", "tolerance")),
-        **dict.fromkeys(("calls_per_repetition", "input_copies", "working_set_bytes", "cache")),
-        **dict.fromkeys(("median_s", "p10_s", "p90_s", "repetitions", "flops_per_s")),
-    }
-    try:
-        task = CONTENDERS[name](workload, sparsity)
-        record |= {"actual_density": task.density, "flops": task.flops}
-        program = _program(task, method, environment["l2_bytes"])
-        program.run()
-        error = task.error(*program.result())
-    except Exception as problem:  # One contender that fails is a result; the others are still measured.
-        traceback.print_exception(problem, chain=False)
-        return _Entry(record | {"status": "error", "message": f"{type(problem).__name__}: {problem}"})
-    limit = tolerance(workload.dtype, environment["platform"])
-    # JSON knows no infinity.
-    record |= {"error": error if math.isfinite(error) else None, "tolerance": limit}
-    if not error <= limit:
-        message = f"the relative error is {error:.2e}, {limit:.0e} is allowed"
-        return _Entry(record | {"status": "wrong", "message": message})
-    record |= {
-        "calls_per_repetition": program.calls,
-        "input_copies": program.input_copies,
-        "working_set_bytes": program.working_set,
-        "cache": _cache(program, environment["l2_bytes"]),
-    }
-    return _Entry(record, program)
+def _failure(problem: Exception) -> dict[str, Any]:
+    traceback.print_exception(problem, limit=-3, chain=False)
+    message = str(problem).strip().splitlines() or [""]
+    return {"status": "error", "message": f"{type(problem).__name__}: {message[0]}"}
 
 
-def _program(task: Task, method: Method, l2_bytes: int | None) -> Program:
-    if method.timer == "call":
-        return CallProgram(task)
-    if method.cache == "cold" and l2_bytes is None:
-        raise ValueError("the size of the L2 cache is not known here; measure with --cache warm")
-    return LoopProgram(task, cold_bytes=2 * l2_bytes if method.cache == "cold" else 0)
-
-
-def _cache(program: Program, l2_bytes: int | None) -> str | None:
-    """Says what the L2 cache was, by the size of what went through it."""
-    if l2_bytes is None:
-        return None
-    return "cold" if program.working_set >= 2 * l2_bytes else "warm"
-
-
-def _figures(flops: int, times: Times) -> dict[str, Any]:
+def _figures(entry: _Entry, times: Times) -> dict[str, Any]:
     return {
         "median_s": times.median,
         "p10_s": times.p10,
         "p90_s": times.p90,
         "repetitions": times.repetitions,
-        "flops_per_s": flops / times.median,
+        "flops_per_s": entry.record["flops"] / times.median,
     }
 
 

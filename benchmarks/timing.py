@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from benchmarks.contenders import Task
+from benchmarks.tasks import JaxTask
 
 LEAST_REPETITIONS = 5
 
 
 class Program(Protocol):
-    """Something compiled, with its inputs, whose `run` is timed.
+    """A product ready to run, with its inputs.
 
     Attributes:
       calls: how often one run computes the product.
@@ -26,8 +26,12 @@ class Program(Protocol):
     input_copies: int
     working_set: int
 
-    def run(self) -> None:
-        """Computes and waits for the results."""
+    def calibrate(self) -> None:
+        """Makes a run long enough to be timed; to be called when nothing else is running."""
+        ...
+
+    def run(self) -> float:
+        """Computes, waits for the results and returns the seconds that took."""
         ...
 
     def result(self) -> tuple[tuple[Any, ...], jax.Array]:
@@ -41,16 +45,21 @@ class CallProgram:
     calls = 1
     input_copies = 1
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: JaxTask) -> None:
         """Compiles the function for the task's first set of inputs."""
         self._operands = task.operands(0)
         self._compiled = jax.jit(task.function).lower(*self._operands).compile()
         self._output: jax.Array | None = None
         self.working_set = byte_count(self._operands)
 
-    def run(self) -> None:
-        """Calls the function and waits for its output."""
+    def calibrate(self) -> None:
+        """Does nothing: a run is one call."""
+
+    def run(self) -> float:
+        """Calls the function, waits for its output and returns the seconds that took."""
+        start = time.perf_counter()
         self._output = jax.block_until_ready(self._compiled(*self._operands))
+        return time.perf_counter() - start
 
     def result(self) -> tuple[tuple[Any, ...], jax.Array]:
         """Returns the inputs and the last output."""
@@ -78,26 +87,19 @@ def byte_count(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def seconds(program: Program) -> float:
-    """Returns how long one run takes on the host's clock."""
-    start = time.perf_counter()
-    program.run()
-    return time.perf_counter() - start
-
-
-def measure(programs: Sequence[Program], *, repetitions: int, budget: float) -> list[Times]:
+def measure(programs: Sequence[Program], *, repetitions: int, seconds: float) -> list[Times]:
     """Times programs in turns, so that a drift of the machine meets all of them alike.
 
     Args:
       programs: what to time.
-      repetitions: how often to run each, if the budget allows.
-      budget: seconds for each program; one too slow for it is run less often, but `LEAST_REPETITIONS` times at least
-        (or `repetitions` times, if that is fewer).
+      repetitions: how often to run each, if the time allows.
+      seconds: for each program; one too slow for it is run less often, but `LEAST_REPETITIONS` times at least (or
+        `repetitions` times, if that is fewer).
     """
     wanted = []
     for program in programs:
         program.run()
-        affordable = int(budget / seconds(program))
+        affordable = int(seconds / program.run())
         wanted.append(min(repetitions, max(LEAST_REPETITIONS, affordable)))
     taken: list[list[float]] = [[] for _ in programs]
     order = np.random.default_rng(0)
@@ -107,5 +109,5 @@ def measure(programs: Sequence[Program], *, repetitions: int, budget: float) -> 
         for i in order.permutation(len(programs)):
             # Programs with fewer repetitions sit out some turns, evenly spread.
             if (turn + 1) * wanted[i] // rounds > turn * wanted[i] // rounds:
-                taken[i].append(seconds(programs[i]))
+                taken[i].append(programs[i].run())
     return [Times.of(each, program.calls) for each, program in zip(taken, programs, strict=True)]

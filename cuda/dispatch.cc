@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "sm90/matmul.h"
 #include "sm90/pack.h"
+#include "sm90/sddmm.h"
 
 namespace jax_blocksparse {
 namespace {
@@ -30,7 +31,7 @@ TileSize ChooseTileSize(std::int64_t large_ctas, int sm_count) {
   return large_ctas < sm_count ? TileSize::kSmall : TileSize::kLarge;
 }
 
-sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan) {
+sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan, const Epilogue& epilogue) {
   const bool packs = plan.workspace != nullptr;
   sm90::MatmulParams to;
   to.x = p.x;
@@ -54,6 +55,35 @@ sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan) {
   to.type = p.type;
   to.transpose = p.transpose && !packs;  // packing transposes
   to.f32_output = p.f32_output;
+  to.epilogue = epilogue;
+  return to;
+}
+
+sm90::SddmmParams HopperParams(const SddmmParams& p, const SddmmPlan& plan) {
+  sm90::SddmmParams to;
+  to.x = p.x;
+  to.dy = p.dy;
+  to.tiles = plan.plan + plan.layout.tiles;
+  to.slabs = plan.plan + plan.layout.slabs;
+  to.slots = plan.plan + plan.layout.slots;
+  to.order = plan.plan + plan.layout.order;
+  to.places = plan.plan + plan.layout.places;
+  to.data = p.data;
+  to.batch = p.batch;
+  to.x_batch = p.x_batch_stride == 0 ? 1 : p.batch;
+  to.dy_batch = p.dy_batch_stride == 0 ? 1 : p.batch;
+  to.plan_batch_stride = plan.batch == 1 ? 0 : plan.layout.size;
+  to.tokens = p.tokens;
+  to.in_features = p.in_features;
+  to.out_features = p.out_features;
+  to.nnz = p.nnz;
+  to.block = p.block;
+  to.unit = plan.unit;
+  to.plan_tiles = static_cast<std::int32_t>(plan.layout.plan_tiles);
+  to.plan_units = static_cast<std::int32_t>(plan.layout.plan_units);
+  to.split = plan.split;
+  to.type = p.type;
+  to.f32_output = p.f32_output;
   return to;
 }
 
@@ -74,16 +104,24 @@ sm90::PackParams PackingFor(const MatmulParams& p, const MatmulPlan& plan, const
   return to;
 }
 
-cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, cudaStream_t stream) {
+// Says in `is_finished` whether the kernel has applied the epilogue.
+cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, bool* is_finished,
+                       cudaStream_t stream) {
+  *is_finished = epilogue.IsIdentity();
   if (!Is16Bit(params.type)) return LaunchMatmulSimt(params, stream);
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
 
-  // Few tokens: the time goes into reading the blocks, for which the kernels below want no order and no tile.
-  const bool is_small_batch = params.tokens <= 64;
+  // Few tokens: the time goes into reading the blocks, which wants neither an order nor a tile.
+  const bool is_small_batch = params.tokens <= kSkinnyTokens;
+  if (is_small_batch && CanLaunchMatmulSkinny(params)) {
+    return params.type == ElementType::kBF16 ? LaunchMatmulSkinnyBF16(params, device.sm_count, stream)
+                                             : LaunchMatmulSkinnyF16(params, device.sm_count, stream);
+  }
   if (!is_small_batch && device.major == 9 && plan.plan != nullptr) {
-    const sm90::MatmulParams product = HopperParams(params, plan);
+    const sm90::MatmulParams product = HopperParams(params, plan, epilogue);
     if (sm90::CanLaunchMatmul(product)) {
+      *is_finished = true;
       if (plan.workspace != nullptr) {
         const cudaError_t error = sm90::LaunchPack(PackingFor(params, plan, product), stream);
         if (error != cudaSuccess) return error;
@@ -104,14 +142,25 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, cudaS
 }  // namespace
 
 cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, cudaStream_t stream) {
-  const cudaError_t error = RunProduct(params, plan, stream);
-  return error != cudaSuccess || epilogue.IsIdentity() ? error : LaunchEpilogue(params, epilogue, stream);
+  bool is_finished;
+  const cudaError_t error = RunProduct(params, plan, epilogue, &is_finished, stream);
+  return error != cudaSuccess || is_finished ? error : LaunchEpilogue(params, epilogue, stream);
 }
 
-cudaError_t Run(const SddmmParams& params, cudaStream_t stream) {
-  if (!UsesTensorCores(params.type, params.block)) return LaunchSddmmSimt(params, stream);
+cudaError_t Run(const SddmmParams& params, const SddmmPlan& plan, cudaStream_t stream) {
+  if (!Is16Bit(params.type)) return LaunchSddmmSimt(params, stream);
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
+
+  if (device.major == 9) {
+    const sm90::SddmmParams product = HopperParams(params, plan);
+    if (sm90::CanLaunchSddmm(product)) {
+      return params.type == ElementType::kBF16 ? sm90::LaunchSddmmBF16(product, stream)
+                                               : sm90::LaunchSddmmF16(product, stream);
+    }
+  }
+
+  if (!UsesTensorCores(params.type, params.block)) return LaunchSddmmSimt(params, stream);
   const TileSize size = ChooseTileSize(SddmmMmaCtas(params, TileSize::kLarge), device.sm_count);
   return params.type == ElementType::kBF16 ? LaunchSddmmMmaBF16(params, size, stream)
                                            : LaunchSddmmMmaF16(params, size, stream);

@@ -6,6 +6,7 @@
 #include "epilogue.h"
 #include "matmul_plan.h"
 #include "problem.h"
+#include "sddmm_plan.h"
 
 namespace jax_blocksparse {
 
@@ -20,6 +21,15 @@ struct MatmulPlan {
 };
 
 cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, cudaStream_t stream);
-cudaError_t Run(const SddmmParams& params, cudaStream_t stream);
+// The same for the blocks of x^T dy.
+struct SddmmPlan {
+  const std::int32_t* plan = nullptr;
+  std::int64_t batch = 1;
+  std::int32_t unit = 0;
+  std::int32_t split = 1;
+  SddmmPlanLayout layout;
+};
+
+cudaError_t Run(const SddmmParams& params, const SddmmPlan& plan, cudaStream_t stream);
 
 }  // namespace jax_blocksparse

@@ -17,7 +17,7 @@ struct Epilogue {
   std::int64_t scale_batch_stride = 0;
   Activation activation = Activation::kNone;
 
-  bool IsIdentity() const { return bias == nullptr && scale == nullptr && activation == Activation::kNone; }
+  constexpr bool IsIdentity() const { return bias == nullptr && scale == nullptr && activation == Activation::kNone; }
 };
 
 }  // namespace jax_blocksparse

@@ -115,14 +115,37 @@ ffi::Error Matmul(cudaStream_t stream, bool transpose, std::int32_t activation, 
   return LaunchResult(kTarget, Run(*params, *decoded, *epilogue, stream));
 }
 
-ffi::Error Sddmm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer dy, Indices rows, Indices cols,
-                 ffi::Result<ffi::AnyBuffer> data) {
+ffi::ErrorOr<SddmmPlan> DecodePlan(const char* target, const SddmmParams& params, const Indices& plan,
+                                   std::int32_t unit, std::int32_t split, std::int32_t tiles) {
+  const auto error = [&](const char* what) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(std::string(target) + ": " + what));
+  };
+  const bool is_unit = unit == 16 || unit == 32 || unit == 64 || unit == 128;
+  if (!is_unit || unit % params.block != 0 || (split != 1 && split != 2 && split != 4) || tiles < 0) {
+    return error("unit must be 16, 32, 64 or 128 and a multiple of the block, split 1, 2 or 4 and tiles not negative");
+  }
+  SddmmPlan decoded;
+  decoded.plan = plan.typed_data();
+  decoded.batch = plan.dimensions()[0];
+  decoded.unit = unit;
+  decoded.split = split;
+  decoded.layout = SddmmPlanLayoutOf(params, unit, tiles);
+  if ((decoded.batch != 1 && decoded.batch != params.batch) || plan.dimensions()[1] != decoded.layout.size) {
+    return error("plan has another shape than pattern, unit and tiles imply");
+  }
+  return decoded;
+}
+
+ffi::Error Sddmm(cudaStream_t stream, std::int32_t unit, std::int32_t split, std::int32_t tiles, ffi::AnyBuffer x,
+                 ffi::AnyBuffer dy, Indices rows, Indices cols, Indices plan, ffi::Result<ffi::AnyBuffer> data) {
   constexpr char kTarget[] = "jax_blocksparse.sddmm";
   const auto params = DecodeSddmm(x, dy, rows, cols, *data);
   if (params.has_error()) return params.error();
   if (data->element_count() == 0) return ffi::Error::Success();
   if (const ffi::Error error = CheckSupported(kTarget, params->type, params->data); error.failure()) return error;
-  return LaunchResult(kTarget, Run(*params, stream));
+  const auto decoded = DecodePlan(kTarget, *params, plan, unit, split, tiles);
+  if (decoded.has_error()) return decoded.error();
+  return LaunchResult(kTarget, Run(*params, *decoded, stream));
 }
 
 }  // namespace
@@ -150,10 +173,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseMatmulCuda, Matmul,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseSddmmCuda, Sddmm,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
+                                  .Attr<std::int32_t>("unit")
+                                  .Attr<std::int32_t>("split")
+                                  .Attr<std::int32_t>("tiles")
                                   .Arg<ffi::AnyBuffer>()   // x
                                   .Arg<ffi::AnyBuffer>()   // dy
                                   .Arg<Indices>()          // rows
                                   .Arg<Indices>()          // cols
+                                  .Arg<Indices>()          // plan
                                   .Ret<ffi::AnyBuffer>(),  // data
                               {ffi::Traits::kCmdBufferCompatible});
 

@@ -35,6 +35,15 @@ cudaError_t LaunchMatmulMmaF16(const MatmulParams& params, TileSize size, cudaSt
 cudaError_t LaunchSddmmMmaBF16(const SddmmParams& params, TileSize size, cudaStream_t stream);
 cudaError_t LaunchSddmmMmaF16(const SddmmParams& params, TileSize size, cudaStream_t stream);
 
+// Few tokens on tensor cores: 16-bit elements, all block sizes, x with rows that start at multiples of 16 bytes. They
+// take tokens up to any number, but beyond 64 read the weights again.
+constexpr int kSkinnyTokens = 64;
+inline bool CanLaunchMatmulSkinny(const MatmulParams& p) {
+  return Is16Bit(p.type) && p.in_features % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0;
+}
+cudaError_t LaunchMatmulSkinnyBF16(const MatmulParams& params, int sm_count, cudaStream_t stream);
+cudaError_t LaunchMatmulSkinnyF16(const MatmulParams& params, int sm_count, cudaStream_t stream);
+
 // Plain FMA: float32 in any block size, 16-bit elements in blocks of 8.
 cudaError_t LaunchMatmulSimt(const MatmulParams& params, cudaStream_t stream);
 cudaError_t LaunchSddmmSimt(const SddmmParams& params, cudaStream_t stream);

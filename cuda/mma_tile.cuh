@@ -19,7 +19,8 @@ constexpr int kChunk = 8;  // elements of the 16 bytes that one copy or one row 
 // even chunk flips bits in it: see TileStep.
 template <int kRow>
 __device__ __forceinline__ constexpr std::uint32_t TileOffset(int row, int chunk) {
-  static_assert(kRow == 16 || kRow == 32 || kRow == 64, "a row fills a 128-byte line, or a line holds whole rows");
+  static_assert(kRow == 8 || kRow == 16 || kRow == 32 || kRow == 64,
+                "a row fills a 128-byte line, or a line holds whole rows");
   const int line = row / (64 / kRow);
   return row * (kRow * 2) + ((chunk ^ (line & (kRow / kChunk - 1))) * 16);
 }

@@ -1,5 +1,7 @@
 """x @ w against dense products, on both implementations and every device."""
 
+import dataclasses
+
 import cases
 import hypothesis
 import jax
@@ -46,6 +48,27 @@ def test_equals_the_dense_product(implementation, dtype, case, transposed, devic
 def test_16_bit_inputs_can_give_float32(dtype, case, transposed, device):
     x, w = (case.dy(dtype), case.w(dtype).T) if transposed else (case.x(dtype), case.w(dtype))
     check(x, w, preferred_element_type="float32", implementation="native")
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
+@pytest.mark.parametrize("rows", [1, 8, 16, 17, 32, 33, 64, 65])
+@pytest.mark.parametrize("case", cases.TILES, ids=str)
+def test_few_rows(case, rows, transposed, device):
+    """Around the numbers at which GPUs change to another kernel or another tile of it."""
+    dtype = "float16" if rows % 2 else "bfloat16"
+    case = dataclasses.replace(case, leading=(rows,))
+    x, w = (case.dy(dtype), case.w(dtype).T) if transposed else (case.x(dtype), case.w(dtype))
+    check(x, w, implementation="native")
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
+@pytest.mark.parametrize("block_size", jbs.BLOCK_SIZES)
+def test_few_rows_and_long_lists(block_size, transposed, device):
+    """So long that a warp of the GPU kernel for few rows reads its part of a list in several goes."""
+    shape = (block_size, 16384) if transposed else (16384, block_size)
+    w = cases.random_w(shape, block_size, density=1.0, dtype="bfloat16")
+    x = cases.normal((20, 16384), "bfloat16", seed=4)
+    check(x, w.T if transposed else w, implementation="native")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

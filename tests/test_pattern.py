@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_blocksparse import BLOCK_SIZES, BlockPattern
-from jax_blocksparse.plan import choose_layout, make_flat_plan
+from jax_blocksparse import BLOCK_SIZES, BlockPattern, sddmm_plan
+from jax_blocksparse import plan as plan_module
 
 DERIVED = ("col_ptr", "col_order", "row_ptr", "row_order")
 
@@ -32,12 +32,13 @@ def assert_valid(pattern):
         leaf = getattr(pattern, name)
         assert leaf.dtype == jnp.int32
         np.testing.assert_array_equal(leaf, np.array(wanted, np.int32), err_msg=name)
-    for plan, shape, inner, outer in (
-        (pattern.y_plan, pattern.shape, rows, cols),
-        (pattern.dx_plan, pattern.shape[::-1], cols, rows),
+    for plan, module, shape, inner, outer in (
+        (pattern.y_plan, plan_module, pattern.shape, rows, cols),
+        (pattern.dx_plan, plan_module, pattern.shape[::-1], cols, rows),
+        (pattern.dw_plan, sddmm_plan, pattern.shape, rows, cols),
     ):
-        layout = choose_layout(*shape, pattern.block_size, pattern.nnz)
-        np.testing.assert_array_equal(plan, make_flat_plan(inner, outer, layout, np))
+        layout = module.choose_layout(*shape, pattern.block_size, pattern.nnz)
+        np.testing.assert_array_equal(plan, module.make_flat_plan(inner, outer, layout, np))
     for index in pattern.indices:
         assert isinstance(index, jax.Array)
         assert index.dtype == jnp.int32
@@ -119,13 +120,16 @@ def test_a_small_pattern_in_full():
     assert pattern.mask().tolist() == [[True, False, False], [True, False, True]]
 
 
-def test_transpose_is_a_view():
+def test_transpose_swaps_names():
     pattern = BlockPattern.from_coordinates([1, 0], [2, 0], shape=(30, 48), block_size=16)
     assert pattern.T.shape == (48, 30)
     assert pattern.T.grid == (3, 2)
     assert pattern.T.rows is pattern.cols
     assert pattern.T.col_order is pattern.row_order
+    assert_valid(pattern.T)
     assert_same(pattern.T.T, pattern)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), pattern)
+    assert_same(jax.tree.map(lambda leaf: leaf[1], stacked.T), pattern.T)
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -167,10 +171,20 @@ def test_any_integer_dtype(dtype):
 def test_pytree_round_trip():
     pattern = BlockPattern.from_coordinates([1, 0], [2, 0], shape=(30, 48), block_size=16)
     leaves, treedef = jax.tree.flatten(pattern)
-    assert len(leaves) == 8
+    assert len(leaves) == 9
     assert_same(jax.tree.unflatten(treedef, leaves), pattern)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(pattern)]
-    assert paths == [".rows", ".cols", ".col_ptr", ".col_order", ".row_ptr", ".row_order", ".y_plan", ".dx_plan"]
+    assert paths == [
+        ".rows",
+        ".cols",
+        ".col_ptr",
+        ".col_order",
+        ".row_ptr",
+        ".row_order",
+        ".y_plan",
+        ".dx_plan",
+        ".dw_plan",
+    ]
     # Shape and block size are part of the tree's structure: programs compiled for one are not run for another.
     other = BlockPattern.from_coordinates([1, 0], [2, 0], shape=(31, 48), block_size=16)
     assert jax.tree.structure(other) != treedef

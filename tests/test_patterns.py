@@ -12,6 +12,13 @@ BERNOULLI_42 = ["110110", "000001", "001111", "000110", "110100", "000001"]
 
 GRIDS = [(8, 8), (16, 16), (5, 5), (12, 7), (3, 11), (16, 4), (4, 64), (1, 6), (6, 1), (1, 1)]
 DENSITIES = [0.05, 0.25, 0.5, 0.77, 1.0]
+GENERATORS = [
+    patterns.random,
+    patterns.barabasi_albert,
+    patterns.banded,
+    patterns.block_diagonal,
+    patterns.butterfly,
+]
 
 
 def shape_of(grid, ragged=True):
@@ -52,6 +59,36 @@ def test_random_stays_what_it_is():
     assert ["".join(map(str, row)) for row in balanced.mask().astype(int)] == BALANCED_42
     bernoulli = patterns.random((48, 48), 8, density=0.5, seed=42, distribution="bernoulli")
     assert ["".join(map(str, row)) for row in bernoulli.mask().astype(int)] == BERNOULLI_42
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_barabasi_albert_keeps_the_density(grid, density):
+    mask = patterns.barabasi_albert(shape_of(grid), 8, density=density).mask()
+    assert mask.shape == grid
+    assert mask.any(axis=0).all()
+    assert mask.any(axis=1).all()
+    # Every newcomer brings at least one block.
+    assert mask.sum() == pytest.approx(density * mask.size, abs=sum(grid))
+    assert density < 1 or mask.all()
+
+
+def test_barabasi_albert_has_hubs():
+    mask = patterns.barabasi_albert((2048, 4096), 16, density=0.1).mask()
+    assert mask.mean() == pytest.approx(0.1, rel=0.01)
+    for counts in (mask.sum(axis=0), mask.sum(axis=1)):
+        assert counts.max() > 4 * np.median(counts)
+        assert counts.min() > 0.4 * np.median(counts)
+        # The hubs are the oldest.
+        assert counts[: len(counts) // 10].mean() > 2 * counts.mean()
+
+
+def test_barabasi_albert_follows_from_the_seed():
+    def make(seed):
+        return patterns.barabasi_albert((128, 256), 16, density=0.3, seed=seed)
+
+    assert masks_equal(make(3), make(jax.random.key(3)))
+    assert not masks_equal(make(3), make(4))
 
 
 def test_random_is_the_same_under_jit_and_vmap():
@@ -203,7 +240,7 @@ def test_butterfly_takes_the_longest_strides_first():
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("generator", [patterns.random, patterns.banded, patterns.block_diagonal, patterns.butterfly])
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_generators_make_valid_patterns(generator, grid):
     pattern = generator(shape_of(grid), 8, density=0.4)
     assert isinstance(pattern, BlockPattern)
@@ -212,7 +249,7 @@ def test_generators_make_valid_patterns(generator, grid):
     assert masks_equal(pattern, generator(shape_of(grid), 8, density=0.4))
 
 
-@pytest.mark.parametrize("generator", [patterns.random, patterns.banded, patterns.block_diagonal, patterns.butterfly])
+@pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

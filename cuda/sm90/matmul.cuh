@@ -6,36 +6,60 @@
 
 namespace jax_blocksparse::sm90 {
 
-template <typename T, int kBlock>
-cudaError_t LaunchSmallTile(const MatmulParams& params, cudaStream_t stream) {
-  return params.tile_features == 256 ? LaunchSmall<T, kBlock, 128, 256, 4>(params, stream)
-                                     : LaunchSmall<T, kBlock, 256, 128, 2>(params, stream);
+// Whether tiles of this size would leave half of the SMs without one. Then tiles of 64 tokens serve better.
+inline bool AreFew(const MatmulParams& params, int tile_tokens, int sms) {
+  const std::int64_t tiles =
+      params.batch * CeilDiv(params.tokens, tile_tokens) * CeilDiv(params.out_features, params.tile_features);
+  return tiles * 2 <= sms;
 }
 
+// Tiles have 32768 sums either way. Wide ones copy x less often, which counts for blocks of 16 and 32; four warpgroups
+// hide each other's latency. Blocks of 8 leave hardly a product out; over more tokens products are longer, and A, which
+// is the most work to gather from blocks of 8, is gathered less often.
 template <typename T, int kBlock>
-cudaError_t LaunchLargeTile(const MatmulParams& params, cudaStream_t stream) {
-  return params.transpose ? LaunchLarge<T, kBlock, true, 1>(params, stream)
-                          : LaunchLarge<T, kBlock, false, 1>(params, stream);
+cudaError_t LaunchSmallTile(const MatmulParams& params, int sms, cudaStream_t stream) {
+  if (params.tile_features != TileFeatures(kBlock)) return cudaErrorInvalidValue;
+  if constexpr (TileFeatures(kBlock) == 256) {
+    return AreFew(params, 128, sms) ? LaunchSmall<T, kBlock, 64, 256>(params, sms, stream)
+                                    : LaunchSmall<T, kBlock, 128, 256>(params, sms, stream);
+  } else {
+    return AreFew(params, 256, sms) ? LaunchSmall<T, kBlock, 64, 128>(params, sms, stream)
+                                    : LaunchSmall<T, kBlock, 256, 128>(params, sms, stream);
+  }
+}
+
+// Clusters save copies of W, which pays where there is much of it; they cost some waiting for each other.
+template <typename T, int kBlock, bool kTranspose>
+cudaError_t LaunchLargeTile(const MatmulParams& params, int sms, cudaStream_t stream) {
+  const double density = static_cast<double>(params.nnz) * kBlock * kBlock /
+                         (static_cast<double>(params.in_features) * params.out_features);
+  if (AreFew(params, 256, sms)) return LaunchLarge<T, kBlock, kTranspose, 64, 1>(params, sms, stream);
+  return density > 0.15 ? LaunchLarge<T, kBlock, kTranspose, 256, 2>(params, sms, stream)
+                        : LaunchLarge<T, kBlock, kTranspose, 256, 1>(params, sms, stream);
 }
 
 template <typename T>
 cudaError_t LaunchMatmulOf(const MatmulParams& params, cudaStream_t stream) {
-  const std::int64_t elements = params.batch * params.tokens * params.out_features;
-  if (elements == 0) return cudaSuccess;
-  if (params.nnz == 0 || params.in_features == 0) {
-    return cudaMemsetAsync(params.y, 0, elements * (params.f32_output ? 4 : 2), stream);
+  if (params.batch * params.tokens * params.out_features == 0) return cudaSuccess;
+  int device, sms;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+      error != cudaSuccess) {
+    return error;
   }
   switch (params.block) {
     case 8:
-      return LaunchSmallTile<T, 8>(params, stream);
+      return LaunchSmallTile<T, 8>(params, sms, stream);
     case 16:
-      return LaunchSmallTile<T, 16>(params, stream);
+      return LaunchSmallTile<T, 16>(params, sms, stream);
     case 32:
-      return LaunchSmallTile<T, 32>(params, stream);
+      return LaunchSmallTile<T, 32>(params, sms, stream);
     case 64:
-      return LaunchLargeTile<T, 64>(params, stream);
+      return params.transpose ? LaunchLargeTile<T, 64, true>(params, sms, stream)
+                              : LaunchLargeTile<T, 64, false>(params, sms, stream);
     case 128:
-      return LaunchLargeTile<T, 128>(params, stream);
+      return params.transpose ? LaunchLargeTile<T, 128, true>(params, sms, stream)
+                              : LaunchLargeTile<T, 128, false>(params, sms, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -9,11 +9,15 @@
 
 #include <cstdint>
 
+#include "../epilogue.h"
 #include "../kernels.h"
 
 namespace jax_blocksparse::sm90 {
 
 constexpr int kChunk = 64;  // input features a step
+
+// The features of a tile.
+constexpr int TileFeatures(int block) { return block == 16 || block == 32 ? 256 : 128; }
 
 // The number of features whose blocks share a word of the plan's masks.
 constexpr int SliceFeatures(int block) { return block < 16 ? 16 : block; }
@@ -21,8 +25,8 @@ constexpr int SliceFeatures(int block) { return block < 16 ? 16 : block; }
 // A batch size of 1 shares an operand between all batch elements.
 struct MatmulParams {
   const void* x;  // (x_batch, tokens, in_features)
-  // (data_batch, nnz, block, block). Blocks of 8 to 32: in the plan's order, zero where they stick out of W. Blocks of
-  // 64 and 128: in any order; where they stick out of W they may hold anything.
+  // (data_batch, nnz, block, block). Blocks of 8 to 32: what LaunchPack has made of them. Blocks of 64 and 128: as they
+  // are, in any order; where they stick out of W they may hold anything.
   const void* data;
   const std::int32_t* tiles;  // (feature_tiles, 4): tile, its first step, its number of steps, 0; most work first
   const std::int32_t* steps;  // (max_steps, 4)
@@ -35,19 +39,23 @@ struct MatmulParams {
   std::int32_t out_features;
   std::int32_t nnz;
   std::int32_t block;
-  std::int32_t tile_features;  // 128 or 256; 128 for blocks of 64 and 128
+  std::int32_t tile_features;  // TileFeatures(block)
   std::int32_t max_steps;      // of all tiles together
   std::int32_t capacity;       // blocks of 8 to 32: the most blocks a step has
   ElementType type;            // of x and data: kBF16 or kF16
-  bool transpose;              // multiply with the blocks' transposes; blocks of 64 and 128 only
+  bool transpose;              // blocks of 64 and 128: multiply with their transposes
   bool f32_output;             // y is float, else it has the element type
+  Epilogue epilogue;
 };
 
-// Whether the kernels take these operands: tensor copies want rows at multiples of 16 bytes.
+// Whether the kernels take these operands: there is something to copy, and tensor copies want rows at multiples of 16
+// bytes.
 inline bool CanLaunchMatmul(const MatmulParams& p) {
   const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
   return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.tiles) && is_aligned(p.steps) &&
-         p.in_features % 8 == 0 && p.out_features % (p.f32_output ? 4 : 8) == 0;
+         is_aligned(p.epilogue.bias) && is_aligned(p.epilogue.slope) && is_aligned(p.epilogue.scale) && p.nnz > 0 &&
+         p.in_features > 0 && p.in_features % 8 == 0 &&
+         p.out_features % (p.f32_output && p.epilogue.IsIdentity() ? 4 : 8) == 0;
 }
 
 cudaError_t LaunchMatmulBF16(const MatmulParams& params, cudaStream_t stream);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../launch.cuh"
+#include "epilogue.cuh"
 #include "matmul.h"
 #include "ptx.cuh"
 #include "tensor_map.h"
@@ -14,12 +15,9 @@ namespace jax_blocksparse::sm90 {
 constexpr int kGroup = 64;               // features of a warpgroup's product, "M" of the instruction
 constexpr int kChunkBytes = kChunk * 2;  // a row of x in a stage
 constexpr int kMaxStages = 16;
-constexpr int kPieceBytes = 8192;  // of y, for one store: 64 tokens x 64 features of 16 bits, 32 x 64 of 32 bits
-constexpr int kWUnit = 2048;       // small blocks are copied in multiples of this many bytes
-constexpr int kWUnits = 16;
+constexpr int kPieceBytes = 8192;      // of y, for one store: 64 tokens x 64 features of 16 bits, 32 x 64 of 32 bits
 constexpr int kProducerThreads = 128;  // registers are handed over by whole warpgroups; one of the warps works
-// What is handed over comes out of what the CTA got at its launch: as many a thread as its size allows, in eights. With
-// more warpgroups the producer spills a little, so that the consumers can do without waiting for products.
+// What is handed over comes out of what the CTA got at its launch: as many a thread as its size allows, in eights.
 constexpr int ProducerRegisters(int warpgroups) { return warpgroups > 2 ? 32 : 56; }
 constexpr int ConsumerRegisters(int warpgroups) {
   const int threads = warpgroups * 128 + kProducerThreads;
@@ -32,14 +30,18 @@ static_assert(kChunkBytes == 128, "the swizzle, the descriptors and the tensor m
 struct KernelParams {
   CUtensorMap x;
   CUtensorMap y;
-  CUtensorMap w[kWUnits];  // small blocks: boxes of 1 to kWUnits units; large ones use the first only
+  CUtensorMap w;       // large blocks
+  const void* packed;  // small blocks
+  Epilogue epilogue;
+  void* y_array;  // what `y` describes
   const std::int32_t* tiles;
   const std::int32_t* steps;
   const std::int32_t* masks;
   std::int64_t plan_batch_stride;
   int batch, token_tiles, feature_tiles;
-  int band;  // token tiles
-  int in_features;
+  int band;  // feature tiles
+  int tokens, in_features, out_features;
+  int nnz;
   int max_steps;
   int capacity;
   int stages;
@@ -58,9 +60,10 @@ __device__ __forceinline__ const int4* StepOf(const KernelParams& p, const Tile&
   return reinterpret_cast<const int4*>(p.steps + tile.batch * p.plan_batch_stride) + tile.first_step + i;
 }
 
-// The tiles of one CTA (or cluster), of kTokens tokens each. A band of token tiles, of which x stays in L2, is finished
-// before the next is begun; in it, the tiles with most work go first. Every other round goes through the CTAs
-// backwards, so that who had more work has less the next time.
+// The tiles of one CTA (or cluster), of kTokens tokens each. CTAs that run together share tokens, so that x is read
+// from memory once, and W comes from L2: if it is too large for that, a band of feature tiles at a time. The tiles of
+// the same tokens go from most work to least. Every other round goes through the CTAs backwards, so that who had more
+// work has less the next time.
 template <int kTokens, int kFeatures>
 class TileList {
  public:
@@ -74,12 +77,12 @@ class TileList {
     if (index >= per_batch * p_.batch) return tile;
     tile.batch = static_cast<int>(index / per_batch);
     int rest = static_cast<int>(index - tile.batch * per_batch);
-    const int first = rest / (p_.band * p_.feature_tiles) * p_.band;
-    const int height = min(p_.band, p_.token_tiles - first);
-    rest -= first * p_.feature_tiles;
-    tile.token = (first + rest % height) * kTokens;
+    const int first = rest / (p_.band * p_.token_tiles) * p_.band;
+    const int width = min(p_.band, p_.feature_tiles - first);
+    rest -= first * p_.token_tiles;
+    tile.token = rest / width * kTokens;
     const int4* entries = reinterpret_cast<const int4*>(p_.tiles + tile.batch * p_.plan_batch_stride);
-    const int4 entry = __ldg(entries + rest / height);
+    const int4 entry = __ldg(entries + first + rest % width);
     tile.feature = max(0, min(entry.x, p_.feature_tiles - 1)) * kFeatures;
     tile.first_step = max(0, min(entry.y, p_.max_steps));
     tile.steps = max(0, min(entry.z, p_.max_steps - tile.first_step));
@@ -90,6 +93,12 @@ class TileList {
   const KernelParams& p_;
   int worker_, workers_;
 };
+
+// Keeps the compiler from computing a value anew at each use.
+__device__ __forceinline__ std::uint32_t Opaque(std::uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // Stages in shared memory that a producer fills and consumers empty, in turns.
 class Ring {
@@ -107,7 +116,7 @@ class Ring {
   __device__ int stage() const { return stage_; }
   __device__ std::uint32_t full() const { return barriers_ + stage_ * 8; }
   __device__ std::uint32_t empty() const { return full() + kMaxStages * 8; }
-  __device__ bool IsFull() const { return __all_sync(kAllLanes, TestBarrier(full(), phase_)); }
+  __device__ bool IsFull() const { return TestBarrier(full(), phase_); }
   __device__ void WaitFull() const { WaitBarrier(full(), phase_); }
   __device__ void WaitEmpty() const { WaitBarrier(empty(), phase_ ^ 1); }
   __device__ void Advance() {
@@ -124,7 +133,38 @@ class Ring {
   std::uint32_t phase_ = 0;
 };
 
-// Shared memory: the stages, then a piece of y for each warpgroup and buffer, then `extra` bytes.
+// The work of the warp that copies: calls copy(tile, step, ring) in one lane when the step's stage is empty. The warp
+// stays converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.
+template <typename Tiles, typename Copy>
+__device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int lane,
+                                        const Copy& copy) {
+  const auto load = [&](const Tile& tile, int first) {
+    const int i = first + lane;
+    return i < tile.steps ? __ldg(StepOf(p, tile, i)) : int4{};
+  };
+  Tile tile = tiles.Load(0);
+  int4 next = load(tile, 0);
+  for (int round = 1; tile.steps >= 0; ++round) {
+    const Tile following = tiles.Load(round);
+    if (tile.steps == 0) next = load(following, 0);
+    for (int first = 0; first < tile.steps; first += 32) {
+      const int4 window = next;  // a step in each lane
+      next = first + 32 < tile.steps ? load(tile, first + 32) : load(following, 0);
+      const int count = min(32, tile.steps - first);
+      for (int i = 0; i < count; ++i) {
+        const int4 step = {__shfl_sync(kAllLanes, window.x, i), __shfl_sync(kAllLanes, window.y, i),
+                           __shfl_sync(kAllLanes, window.z, i), 0};
+        ring.WaitEmpty();
+        if (lane == 0) copy(tile, step, ring);
+        __syncwarp();
+        ring.Advance();
+      }
+    }
+    tile = following;
+  }
+}
+
+// Shared memory: the stages, then a piece of y for each warpgroup.
 constexpr int kMaxSharedBytes = 227 * 1024 - 512;  // besides the barriers
 constexpr int kAlignment = 1024;                   // of what tensor copies with this swizzle touch
 
@@ -135,16 +175,18 @@ constexpr int StagesThatFit(int stage_bytes, int other_bytes) {
 // Where a 16-byte piece of a row of 128 bytes lies, swizzled as tensor copies do.
 __device__ __forceinline__ std::uint32_t Swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 
-// Writes the 64 features x kTokens tokens that a warpgroup has in `sum`, through its kBuffers pieces of shared memory.
+// Writes the 64 features x kTokens tokens that a warpgroup has in `sum`, through its piece of shared memory.
 // The accumulator is transposed on the way: it has a row for each feature, y one for each token.
-template <typename T, int kTokens, int kBuffers>
+template <typename T, int kTokens>
 class OutputWriter {
  public:
-  __device__ OutputWriter(const KernelParams& p, std::uint32_t buffers, int warpgroup)
-      : p_(p), buffers_(buffers), sync_(warpgroup + 1), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
+  __device__ OutputWriter(const KernelParams& p, std::uint32_t buffer, int warpgroup)
+      : p_(p), buffer_(buffer), sync_(warpgroup + 1), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
 
   __device__ void Write(const float (&sum)[kTokens / 2], int feature, int token, int batch) {
-    if (p_.f32_output) {
+    if (!p_.epilogue.IsIdentity()) {
+      FinishAndWrite(sum, feature, token, batch);
+    } else if (p_.f32_output) {
       WritePieces<32>(sum, feature, token, batch);
     } else {
       WritePieces<64>(sum, feature, token, batch);
@@ -163,42 +205,64 @@ class OutputWriter {
   __device__ void WritePieces(const float (&sum)[kTokens / 2], int feature, int token, int batch) {
 #pragma unroll
     for (int piece = 0; piece < kTokens / kPieceTokens; ++piece) {
-      const std::uint32_t buffer = buffers_ + next_ * kPieceBytes;
-      next_ = (next_ + 1) % kBuffers;
-      if (IsStorer()) WaitForStoreReads<kBuffers - 1>();
+      if (IsStorer()) WaitForStoreReads<0>();
       SyncWarpgroup(sync_);
       const float* part = sum + piece * (kPieceTokens / 2);
       if constexpr (kPieceTokens == 64) {
-        StageHalves(part, buffer);
+        StageHalves(part);
       } else {
-        StageFloats(part, buffer);
+        StageFloats(part);
       }
       FenceForCopies();
       SyncWarpgroup(sync_);
       if (IsStorer()) {
         const int first = token + piece * kPieceTokens;
-        StoreTensor(&p_.y, feature, first, batch, buffer);
+        StoreTensor(&p_.y, feature, first, batch, buffer_);
         if constexpr (kPieceTokens == 32) {
-          StoreTensor(&p_.y, feature + 32, first, batch, buffer + kPieceBytes / 2);
+          StoreTensor(&p_.y, feature + 32, first, batch, buffer_ + kPieceBytes / 2);
         }
         CommitStores();
       }
     }
   }
 
-  __device__ void StageHalves(const float* sum, std::uint32_t buffer) const {
+  // Brings the sums into the order of y, through shared memory and piece by piece, finishes them there and stores them.
+  __device__ void FinishAndWrite(const float (&sum)[kTokens / 2], int feature, int token, int batch) const {
+    constexpr int kPieceTokens = 32, kFours = kGroup / 4;
+#pragma unroll 1
+    for (int piece = 0; piece < kTokens / kPieceTokens; ++piece) {
+      SyncWarpgroup(sync_);
+#pragma unroll
+      for (int i = 0; i < kTokens / kPieceTokens; ++i) {
+        if (i == piece) StageFloats(sum + i * (kPieceTokens / 2));
+      }
+      SyncWarpgroup(sync_);
+#pragma unroll 1
+      for (int i = threadIdx.x % 128; i < kPieceTokens * kFours; i += 128) {
+        const int row = i / kFours, four = i % kFours;
+        const int t = token + piece * kPieceTokens + row, f = feature + four * 4;
+        if (t >= p_.tokens || f >= p_.out_features) continue;
+        float values[4];
+        LoadShared16(buffer_ + four / 8 * (kPieceBytes / 2) + Swizzled(row, four % 8), values);
+        const std::int64_t row_elements = p_.out_features, batch_elements = p_.tokens * row_elements;
+        FinishFour<T>(p_.epilogue, p_.y_array, p_.f32_output, batch_elements, batch, t * row_elements + f, f, values);
+      }
+    }
+  }
+
+  __device__ void StageHalves(const float* sum) const {
     const int row = (lane_ & 7) + (lane_ >> 4 & 1) * 8, piece = warp_ * 2 + (lane_ >> 3 & 1);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* s = sum + i * 8;
-      StoreMatricesTransposed(buffer + Swizzled(i * 16 + row, piece), Pack<T>(s[0], s[1]), Pack<T>(s[2], s[3]),
+      StoreMatricesTransposed(buffer_ + Swizzled(i * 16 + row, piece), Pack<T>(s[0], s[1]), Pack<T>(s[2], s[3]),
                               Pack<T>(s[4], s[5]), Pack<T>(s[6], s[7]));
     }
   }
 
-  __device__ void StageFloats(const float* sum, std::uint32_t buffer) const {
+  __device__ void StageFloats(const float* sum) const {
     const int feature = (warp_ & 1) * 16 + lane_ / 4;
-    buffer += (warp_ >> 1) * (kPieceBytes / 2) + feature % 4 * 4;
+    const std::uint32_t buffer = buffer_ + (warp_ >> 1) * (kPieceBytes / 2) + feature % 4 * 4;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const int token = i / 4 * 8 + lane_ % 4 * 2 + (i & 1);
@@ -207,10 +271,9 @@ class OutputWriter {
   }
 
   const KernelParams& p_;
-  std::uint32_t buffers_;
+  std::uint32_t buffer_;
   int sync_;
   int warp_, lane_;
-  int next_ = 0;
 };
 
 // Fills in what both kernels need, all but w, capacity and stages.
@@ -238,10 +301,15 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
   to->batch = static_cast<int>(from.batch);
   to->token_tiles = static_cast<int>(CeilDiv(from.tokens, tile_tokens));
   to->feature_tiles = static_cast<int>(CeilDiv(from.out_features, from.tile_features));
-  constexpr std::int64_t kBandBytes = 16 << 20;  // a third of L2
-  const std::int64_t tile_bytes = std::int64_t{tile_tokens} * from.in_features * 2;
-  to->band = static_cast<int>(std::clamp<std::int64_t>(kBandBytes / tile_bytes, 1, to->token_tiles));
+  constexpr std::int64_t kBandBytes = 20 << 20;  // less than half of L2
+  const std::int64_t w_bytes = std::max<std::int64_t>(1, std::int64_t{from.nnz} * from.block * from.block * 2);
+  to->band = static_cast<int>(std::clamp<std::int64_t>(kBandBytes * to->feature_tiles / w_bytes, 1, to->feature_tiles));
+  to->epilogue = from.epilogue;
+  to->y_array = from.y;
+  to->tokens = static_cast<int>(from.tokens);
   to->in_features = from.in_features;
+  to->out_features = from.out_features;
+  to->nnz = from.nnz;
   to->max_steps = from.max_steps;
   to->x_shared = from.x_batch == 1;
   to->w_shared = from.data_batch == 1;
@@ -251,15 +319,9 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
 
 // One CTA for each SM, or as many as there are tiles, in clusters of kCluster.
 template <auto kKernel, int kCluster>
-cudaError_t LaunchPersistent(const KernelParams& params, std::int64_t tiles, int threads, int shared_bytes,
+cudaError_t LaunchPersistent(const KernelParams& params, std::int64_t tiles, int sms, int threads, int shared_bytes,
                              cudaStream_t stream) {
   if (const cudaError_t error = AllowSharedMemory<kKernel>(kMaxSharedBytes); error != cudaSuccess) return error;
-  int device, sms;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-      error != cudaSuccess) {
-    return error;
-  }
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kCluster, 1, 1};
@@ -269,7 +331,7 @@ cudaError_t LaunchPersistent(const KernelParams& params, std::int64_t tiles, int
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.numAttrs = kCluster > 1 ? 1 : 0;  // a cluster of one would still be placed like a cluster
   return cudaLaunchKernelEx(&config, kKernel, params);
 }
 

@@ -15,9 +15,9 @@
 
 namespace jax_blocksparse::sm90 {
 
-template <int kBlock>
+template <int kBlock, int kTileTokens>
 struct LargeTile {
-  static constexpr int kTokens = 256;
+  static constexpr int kTokens = kTileTokens;
   static constexpr int kFeatures = 128;
   static constexpr int kWarpgroups = kFeatures / kGroup;
   static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
@@ -30,7 +30,7 @@ struct LargeTile {
   static_assert(kBlock == 64 || kBlock == 128,
                 "a chunk is a block's depth or half of it, a group its width or half of it");
   static_assert(kWarpgroups == 2, "a step names two pieces of W");
-  static_assert(kTokens == 256, "the width of the product");
+  static_assert(kTokens == 64 || kTokens == 256, "there are products for these widths");
   static_assert(kPieceOfW % kAlignment == 0 && kXBytes % kAlignment == 0);
   static_assert(kStages >= 3, "one multiplied, one released late, one filled");
 };
@@ -46,17 +46,18 @@ __device__ __forceinline__ void ClearBeyond(std::uint32_t piece, int depth) {
 }
 
 // Steps are (chunk, id of the first group's block, id of the second's, unused); absent ids are negative.
-template <typename T, int kBlock, bool kTranspose, int kCluster>
-__global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
+template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster>
+__global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
     MatmulLargeKernel(const __grid_constant__ KernelParams p) {
-  using L = LargeTile<kBlock>;
+  using L = LargeTile<kBlock, kTileTokens>;
   extern __shared__ unsigned char shared[];
   __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
 
-  const std::uint32_t stages = (SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1);
-  const std::uint32_t barriers = SharedAddress(barrier_storage);
+  const std::uint32_t stages = Opaque((SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1));
+  const std::uint32_t barriers = Opaque(SharedAddress(barrier_storage));
   const std::uint32_t output = stages + L::kStages * L::kStageBytes;
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+  const int lane = static_cast<int>(Opaque(threadIdx.x % 32));
   const int rank = kCluster == 1 ? 0 : static_cast<int>(ClusterRank());
 
   if (threadIdx.x == 0) Ring::Init(barriers, L::kStages, L::kWarpgroups * 4 * kCluster);
@@ -68,49 +69,27 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
 
   if (warp >= L::kWarpgroups * 4) {
     ShrinkRegisters<ProducerRegisters(L::kWarpgroups)>();
-    if (warp == L::kWarpgroups * 4) {
-      const auto load = [&](const Tile& tile, int first) {
-        const int i = first + lane;
-        return i < tile.steps ? __ldg(StepOf(p, tile, i)) : int4{};
-      };
-      Tile tile = tiles.Load(0);
-      int4 next = load(tile, 0);
-      for (int round = 1; tile.steps >= 0; ++round) {
-        const Tile following = tiles.Load(round);
-        const int token = tile.token + rank * L::kTokens;
-        for (int first = 0; first == 0 || first < tile.steps; first += 32) {
-          const int4 window = next;
-          next = first + 32 < tile.steps ? load(tile, first + 32) : load(following, 0);
-          const int count = min(32, tile.steps - first);
-          for (int i = 0; i < count; ++i) {
-            const int chunk = __shfl_sync(kAllLanes, window.x, i);
-            const int ids[] = {__shfl_sync(kAllLanes, window.y, i), __shfl_sync(kAllLanes, window.z, i)};
-            if (lane == 0) {
-              const std::uint32_t to = stages + ring.stage() * L::kStageBytes;
-              ring.WaitEmpty();
-              ArriveExpecting(ring.full(), L::kXBytes + ((ids[0] >= 0) + (ids[1] >= 0)) * L::kPieceOfW);
-              LoadTensor(to, &p.x, chunk * kChunk, token, p.x_shared ? 0 : tile.batch, ring.full());
+    const auto copy = [&](const Tile& tile, const int4& step, const Ring& ring) {
+      const int chunk = step.x, ids[] = {step.y, step.z};
+      const std::uint32_t to = stages + ring.stage() * L::kStageBytes;
+      ArriveExpecting(ring.full(), L::kXBytes + ((ids[0] >= 0) + (ids[1] >= 0)) * L::kPieceOfW);
+      LoadTensor(to, &p.x, chunk * kChunk, tile.token + rank * L::kTokens, p.x_shared ? 0 : tile.batch, ring.full());
 #pragma unroll
-              for (int group = 0; group < 2; ++group) {
-                if (ids[group] < 0 || (kCluster > 1 && group != rank)) continue;
-                const int depth = chunk * kChunk % kBlock, feature = group * kGroup % kBlock;
-                const int row = ids[group] * kBlock + (kTranspose ? feature : depth);
-                const int column = kTranspose ? depth : feature;
-                const int batch = p.w_shared ? 0 : tile.batch;
-                const std::uint32_t piece = to + L::kXBytes + group * L::kPieceOfW;
-                if constexpr (kCluster > 1) {
-                  LoadTensorMulticast(piece, &p.w[0], column, row, batch, ring.full(), (1 << kCluster) - 1);
-                } else {
-                  LoadTensor(piece, &p.w[0], column, row, batch, ring.full());
-                }
-              }
-            }
-            ring.Advance();
-          }
+      for (int group = 0; group < 2; ++group) {
+        if (ids[group] < 0 || (kCluster > 1 && group != rank)) continue;
+        const int depth = chunk * kChunk % kBlock, feature = group * kGroup % kBlock;
+        const int row = ids[group] * kBlock + (kTranspose ? feature : depth);
+        const int column = kTranspose ? depth : feature;
+        const int batch = p.w_shared ? 0 : tile.batch;
+        const std::uint32_t piece = to + L::kXBytes + group * L::kPieceOfW;
+        if constexpr (kCluster > 1) {
+          LoadTensorMulticast(piece, &p.w, column, row, batch, ring.full(), (1 << kCluster) - 1);
+        } else {
+          LoadTensor(piece, &p.w, column, row, batch, ring.full());
         }
-        tile = following;
       }
-    }
+    };
+    if (warp == L::kWarpgroups * 4) Produce(p, tiles, ring, lane, copy);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(L::kWarpgroups)>();
@@ -121,14 +100,14 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
       const int* step = reinterpret_cast<const int*>(StepOf(p, tile, i));
       return int2{__ldg(step), __ldg(step + 1 + group)};
     };
-    const auto release = [&](std::uint32_t barrier) {
+    const auto arrive = [&](std::uint32_t barrier) {
       if constexpr (kCluster > 1) {
         if (lane < kCluster) ArriveAt(barrier, lane);
       } else {
         if (lane == 0) Arrive(barrier);
       }
     };
-    OutputWriter<T, L::kTokens, 1> writer(p, output + group * kPieceBytes, group);
+    OutputWriter<T, L::kTokens> writer(p, output + group * kPieceBytes, group);
     Tile tile = tiles.Load(0);
     int2 next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
@@ -137,6 +116,10 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
 #pragma unroll
       for (float& s : sum) s = 0.f;
       std::uint32_t held = 0;  // the barrier of the stage that products under way still read, if any
+      const auto release = [&] {
+        if (held != 0) arrive(held);
+        held = 0;
+      };
       int2 window = next;
       next = 32 < tile.steps ? load(tile, 32) : load(following, 0);
       for (int i = 0; i < tile.steps; ++i) {
@@ -147,20 +130,11 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
         const int chunk = __shfl_sync(kAllLanes, window.x, i % 32);
         const int id = __shfl_sync(kAllLanes, window.y, i % 32);
         const std::uint32_t stage = stages + ring.stage() * L::kStageBytes;
-        // The last step's products end here; the other warpgroup's keep the tensor cores busy meanwhile. A stage is not
-        // held while waiting for copies.
-        const auto finish = [&] {
-          WaitForProducts<0>();
-          if (held != 0) release(held);
-          held = 0;
-        };
-        if (!ring.IsFull()) {
-          finish();
+        if (!__all_sync(kAllLanes, ring.IsFull())) {
+          WaitForProducts<0>();  // a stage is not held while waiting for copies
+          release();
           ring.WaitFull();
         }
-        finish();
-        KeepRegisters(sum);
-        held = ring.empty();
         if (id >= 0) {
           const std::uint32_t piece = stage + L::kXBytes + group * L::kPieceOfW;
           if (const int depth = p.in_features - chunk * kChunk; depth < kChunk) {
@@ -176,12 +150,17 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
                                            x + k * kDepthStepKMajor);
           }
           CommitProducts();
+          WaitForProducts<1>();  // these run on, the last step's are over
+          release();
+          held = ring.empty();
+        } else {
+          arrive(ring.empty());
         }
         ring.Advance();
       }
       WaitForProducts<0>();
       KeepRegisters(sum);
-      if (held != 0) release(held);
+      release();
       writer.Write(sum, tile.feature + group * kGroup, tile.token + rank * L::kTokens, tile.batch);
       tile = following;
     }
@@ -192,25 +171,24 @@ __global__ void __launch_bounds__(LargeTile<kBlock>::kThreads, 1)
   if constexpr (kCluster > 1) SyncCluster();
 }
 
-template <typename T, int kBlock, bool kTranspose, int kCluster>
-cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
-  using L = LargeTile<kBlock>;
+template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster>
+cudaError_t LaunchLarge(const MatmulParams& params, int sms, cudaStream_t stream) {
+  using L = LargeTile<kBlock, kTileTokens>;
   KernelParams p;
   cudaError_t error = FillParams<T>(params, L::kTokens, &p);
   if (error != cudaSuccess) return error;
   p.token_tiles = static_cast<int>(CeilDiv(p.token_tiles, kCluster));
-  p.band = static_cast<int>(CeilDiv(p.band, kCluster));
   p.capacity = 0;
   p.stages = L::kStages;
   constexpr CUtensorMapDataType kType =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const std::uint64_t rows = static_cast<std::uint64_t>(params.nnz) * kBlock;
-  error = EncodeTensorMap(&p.w[0],
+  error = EncodeTensorMap(&p.w,
                           {params.data, kType, 2, kBlock, rows, static_cast<std::uint64_t>(params.data_batch), kChunk});
   if (error != cudaSuccess) return error;
   const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
-  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kCluster>, kCluster>(p, tiles, L::kThreads,
-                                                                                        L::kSharedBytes, stream);
+  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster>, kCluster>(
+      p, tiles, sms, L::kThreads, L::kSharedBytes, stream);
 }
 
 }  // namespace jax_blocksparse::sm90

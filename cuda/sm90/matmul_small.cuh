@@ -1,118 +1,141 @@
 // y = x W for blocks of 8, 16 and 32 on Hopper.
 //
 // A CTA computes a tile of tokens x features. One warp copies, for each step of the tile's list, a chunk of x (tokens x
-// 64 depths) and all blocks of W that meet it, which the plan has put next to each other, into a ring of stages. The
-// roles are swapped: 64 features ("a group") are the instruction's M, tokens its N. A warpgroup gathers the 64 x 16
-// piece of W^T that a product takes as A from the blocks that are there, into registers, by transposing ldmatrix; what
-// is absent is read from a row of zeros. A piece without any block costs no product. So the tensor cores see the union
-// of a group's columns, and a chunk of x is copied once for the union of the tile's columns. The next step's A is
-// gathered while the last step's products run. CTAs are persistent, so that copies of the next tile run while y is
-// written. What bounds it: the tensor cores at high density (at 16 x 16 and density .5, 94 % of the dense products
-// remain), else filling shared memory from L2 and the warpgroups' latency from one step to the next.
+// 64 depths) and all blocks of W that meet it, which packing has put next to each other, into a ring of stages. The
+// roles are swapped: 64 features, a warpgroup's share, are the instruction's M, tokens its N. The warpgroup gathers the
+// 64 x 16 piece of W^T that a product takes as A from the blocks that are there, into registers; what is absent is read
+// from a block of zeros. A piece without any block costs no product. So the tensor cores see the union of the 64
+// features' columns, and a chunk of x is copied once for the union of the tile's columns. CTAs are persistent, so that
+// copies of the next tile run while y is written. What bounds it: the tensor cores at high density (at 16 x 16 and
+// density .5, 94 % of the dense products remain), else filling shared memory from L2 and the latency of a step, a
+// chain of some hundred instructions in each warp.
 #pragma once
 
 #include "matmul_common.cuh"
 
 namespace jax_blocksparse::sm90 {
 
-template <int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
+template <int kBlock, int kTileTokens, int kTileFeatures>
 struct SmallTile {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kFeatures = kTileFeatures;
-  static constexpr int kWarpgroups = kNumWarpgroups;
-  static constexpr int kGroups = kFeatures / kGroup;
-  // Warpgroups share the groups; if there are more of them than groups, they share the tokens as well.
-  static constexpr int kOwnGroups = std::max(1, kGroups / kWarpgroups);
-  static constexpr int kParts = std::max(1, kWarpgroups / kGroups);
-  static constexpr int kOwnTokens = kTokens / kParts;
-  // How much of a step's A is gathered at a time: as much as two of fit into the registers that the sums leave.
-  static constexpr int kUnits = kWarpgroups > 2 ? 2 : 1;
-  static constexpr int kUnitDepths = kChunk / 16 / kUnits;
+  static constexpr int kWarpgroups = kFeatures / kGroup;
+  // Two warpgroups have registers to gather a step's A while the last one's is still read. Four cover for each other.
+  static constexpr bool kGathersAhead = kWarpgroups <= 2;
+  static constexpr int kRun = std::max(1, kBlock / 16);  // products along a block's depth
+  static constexpr int kDepths = kChunk / 16;            // products along a chunk's depth
   static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
   static constexpr int kSliceFeatures = SliceFeatures(kBlock);
-  static constexpr int kSlices = kFeatures / kSliceFeatures;
   static constexpr int kBlockBytes = kBlock * kBlock * 2;
   static constexpr int kXBytes = kTokens * kChunkBytes;
-  static constexpr int kBuffers = kOwnGroups > 1 ? 2 : 1;
-  static constexpr int kOutputBytes = kWarpgroups * kBuffers * kPieceBytes;
-  static constexpr int kZeroBytes = 1024;
+  static constexpr int kOutputBytes = kWarpgroups * kPieceBytes;
   static constexpr int kFullCapacity = kFeatures * kChunk / (kBlock * kBlock);
   static constexpr int kMinCapacity = kSliceFeatures * kChunk / (kBlock * kBlock);  // what a word can name
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32);
-  static_assert(kGroups * kParts == kOwnGroups * kWarpgroups && kFeatures % kGroup == 0, "the work is split evenly");
-  static_assert(kOwnTokens == 128 || kOwnTokens == 256, "there are products for these widths");
-  static_assert(kOwnGroups * kOwnTokens <= 256, "the sums fit into registers");
-  static_assert(kTokens <= 256, "one box of a tensor copy");
-  static_assert(kFullCapacity * kBlockBytes <= kWUnits * kWUnit, "a full chunk of W is one copy");
+  static_assert(kFeatures % kGroup == 0, "a warpgroup has 64 features");
+  static_assert(kTokens == 64 || kTokens == 128 || kTokens == 256,
+                "there are products, and boxes of copies, for these");
+  static_assert(kTokens * kWarpgroups <= 512, "the sums fit into registers");
   static_assert(kFullCapacity <= 256, "eight bits of a mask's first position");
 
+  // A chunk of x, the blocks that meet it, a block of zeros.
   static constexpr int StageBytes(int capacity) {
-    return kXBytes + (capacity * kBlockBytes + kWUnit - 1) / kWUnit * kWUnit;
+    return kXBytes + ((capacity + 1) * kBlockBytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 };
 
-// A word of the plan's masks, for one slice (16 features, or 32 for blocks of 32) and one step.
+// What a warp needs to know about a step of a group, in one word, and how it gathers A by it. It is made from two words
+// of the plan's masks, that of the slice in which the warp's 16 features are and one that all warps of the group read:
 //   bits 0-15: the blocks present, by row of the chunk and, for blocks of 8, column of the slice
-//   bits 16-19: for each 16 depths, whether the slice's group of 64 features has any block there
+//   bits 16-19: for each 16 depths, whether the group has any block there
 //   bits 20-: the position, among the blocks of the step, of the first of the slice
+// Whatever the plan says, the warps of a group take the same products and read in the stage.
 constexpr std::uint32_t kPresenceMask = 0xffff;
-constexpr std::uint32_t kDepthsMask = 0xf0000;
 constexpr int kDepthsShift = 16, kPositionShift = 20;
 
-// Where a lane finds its row of the 8x8 matrices that make up a warp's A: 16 features x 16 depths of blocks in shared
-// memory. Block data lies in rows of 128 bytes with the 128-byte swizzle whatever the block size, so that the eight
-// rows of a matrix are in different banks.
+// Bits 28-31: for each 16 depths, whether the group has any block there. Bits 7*r to 7*r+6: the position of the block
+// in row r of the chunk; an absent one is read from the block of zeros that follows the last.
 template <int kBlock>
-class FragmentAddresses {
- public:
-  // Matrices 0 and 1 are features 0-7 and 8-15 of depths 0-7, matrices 2 and 3 of depths 8-15.
-  __device__ FragmentAddresses(int warp, int lane) {
-    const int matrix = lane / 8, row = lane % 8;
-    if constexpr (kBlock == 8) {
-      matrix_ = matrix;
-      offset_ = row * 16;
-    } else {
-      const int depth = row + matrix / 2 * 8, feature = warp * 16 % kBlock + matrix % 2 * 8;
-      offset_ = depth * (kBlock * 2) + feature * 2;
-      offset_ ^= offset_ >> 7 << 4 & 0x70;
+struct StepWord {
+  static constexpr int kBlockBytes = kBlock * kBlock * 2;
+  static constexpr int kRows = kChunk / kBlock;
+  static_assert(kRows <= 4 && 256 * kChunk / (kBlock * kBlock) < 128, "four positions of seven bits");
+
+  static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, std::uint32_t common, int capacity) {
+    std::uint32_t word = common >> kDepthsShift << 28;
+    int position = static_cast<int>(own >> kPositionShift);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const bool present = own >> row & 1;
+      word |= static_cast<std::uint32_t>(present ? min(position, capacity) : capacity) << (7 * row);
+      position += present;
+    }
+    return word;
+  }
+
+  static __device__ __forceinline__ bool IsOccupied(std::uint32_t word, int depth) {
+    constexpr int kRun = kBlock / 16;  // these depths are occupied together
+    return word >> (28 + depth / kRun * kRun) & 1;
+  }
+
+  // For depths 16*depth to 16*depth+15 of the chunk. `blocks` is where the lane finds its part of the first block.
+  static __device__ __forceinline__ void Gather(std::uint32_t (&a)[4], std::uint32_t word, int depth,
+                                                std::uint32_t blocks) {
+    const std::uint32_t position = word >> (7 * (depth * 16 / kBlock)) & 127;
+    LoadShared16If(IsOccupied(word, depth), a, blocks + position * kBlockBytes + depth * 16 % kBlock * 32);
+  }
+
+  static __device__ __forceinline__ int OffsetOfLane(int warp, int lane) {
+    return warp * 16 % kBlock / 16 * (kBlock * 32) + lane * 16;
+  }
+};
+
+// The plan's own words, their positions made safe: sixteen blocks are too many for the other form.
+template <>
+struct StepWord<8> {
+  static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, std::uint32_t common, int capacity) {
+    const auto last = static_cast<std::uint32_t>(max(0, capacity - __popc(own & kPresenceMask)));
+    return (own & kPresenceMask) | (common & 0xf0000) | min(own >> kPositionShift, last) << kPositionShift;
+  }
+
+  static __device__ __forceinline__ bool IsOccupied(std::uint32_t word, int depth) {
+    return word >> (kDepthsShift + depth) & 1;
+  }
+
+  static __device__ __forceinline__ void Gather(std::uint32_t (&a)[4], std::uint32_t word, int depth,
+                                                std::uint32_t blocks) {
+    if (!IsOccupied(word, depth)) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int bit = depth * 4 + i;
+      const std::uint32_t position = (word >> kPositionShift) + __popc(word & ((1u << bit) - 1));
+      a[i] = LoadShared4OrZero(word >> bit & 1, blocks + position * 128);
     }
   }
 
-  // For depths 16*k to 16*k+15 of the chunk. `zeros` is where an absent block is read from.
-  __device__ std::uint32_t At(std::uint32_t word, int k, std::uint32_t blocks, std::uint32_t zeros) const {
-    constexpr int kBlockBytes = kBlock * kBlock * 2;
-    const int bit = kBlock == 8 ? k * 4 + matrix_ : k * 16 / kBlock;
-    const std::uint32_t below = (1u << bit) - 1;
-    const std::uint32_t position = (word >> kPositionShift) + __popc(word & below);
-    const bool present = word >> bit & 1;
-    std::uint32_t offset = offset_;
-    if constexpr (kBlock == 8) offset ^= position << 4 & 0x70;
-    if constexpr (kBlock == 16) offset ^= position << 6 & 0x40;  // four rows of 128 bytes a block
-    const std::uint32_t inside = kBlock == 32 ? k % 2 * 1024 : 0;
-    return present ? blocks + position * kBlockBytes + inside + offset : zeros + offset;
-  }
-
- private:
-  int matrix_ = 0;
-  std::uint32_t offset_;
+  static __device__ __forceinline__ int OffsetOfLane(int, int lane) { return lane * 4; }
 };
 
 // Steps are (chunk, position of the first block, number of blocks, unused).
-template <typename T, int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
-__global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
+template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
+__global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>::kThreads, 1)
     MatmulSmallKernel(const __grid_constant__ KernelParams p) {
-  using S = SmallTile<kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
+  using S = SmallTile<kBlock, kTileTokens, kTileFeatures>;
+  using Word = StepWord<kBlock>;
   extern __shared__ unsigned char shared[];
   __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
 
   const int stage_bytes = S::StageBytes(p.capacity);
-  const std::uint32_t stages = (SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1);
-  const std::uint32_t barriers = SharedAddress(barrier_storage);
+  const std::uint32_t stages = Opaque((SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1));
+  const std::uint32_t barriers = Opaque(SharedAddress(barrier_storage));
   const std::uint32_t output = stages + p.stages * stage_bytes;
-  const std::uint32_t zeros = output + S::kOutputBytes;
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+  const int lane = static_cast<int>(Opaque(threadIdx.x % 32));
 
-  for (int i = threadIdx.x; i < S::kZeroBytes / 4; i += S::kThreads) StoreShared4(zeros + i * 4, 0);
+  for (int i = threadIdx.x; i < p.stages * S::kBlockBytes / 4; i += S::kThreads) {
+    const int stage = i / (S::kBlockBytes / 4), inside = i % (S::kBlockBytes / 4) * 4;
+    StoreShared4(stages + stage * stage_bytes + S::kXBytes + p.capacity * S::kBlockBytes + inside, 0);
+  }
   if (threadIdx.x == 0) Ring::Init(barriers, p.stages, S::kWarpgroups * 4);
   __syncthreads();
 
@@ -121,201 +144,131 @@ __global__ void __launch_bounds__(kNumWarpgroups * 128 + kProducerThreads, 1)
 
   if (warp >= S::kWarpgroups * 4) {
     ShrinkRegisters<ProducerRegisters(S::kWarpgroups)>();
-    if (warp == S::kWarpgroups * 4) {
-      const auto load = [&](const Tile& tile, int first) {
-        const int i = first + lane;
-        return i < tile.steps ? __ldg(StepOf(p, tile, i)) : int4{};
-      };
-      Tile tile = tiles.Load(0);
-      int4 next = load(tile, 0);
-      for (int round = 1; tile.steps >= 0; ++round) {
-        const Tile following = tiles.Load(round);
-        for (int first = 0; first == 0 || first < tile.steps; first += 32) {
-          const int4 window = next;
-          next = first + 32 < tile.steps ? load(tile, first + 32) : load(following, 0);
-          const int count = min(32, tile.steps - first);
-          for (int i = 0; i < count; ++i) {
-            const int chunk = __shfl_sync(kAllLanes, window.x, i);
-            const int position = __shfl_sync(kAllLanes, window.y, i);
-            const int blocks = max(0, min(__shfl_sync(kAllLanes, window.z, i), p.capacity));
-            if (lane == 0) {
-              const std::uint32_t to = stages + ring.stage() * stage_bytes;
-              const int units = (blocks * S::kBlockBytes + kWUnit - 1) / kWUnit;
-              ring.WaitEmpty();
-              ArriveExpecting(ring.full(), S::kXBytes + units * kWUnit);
-              LoadTensor(to, &p.x, chunk * kChunk, tile.token, p.x_shared ? 0 : tile.batch, ring.full());
-              if (units > 0) {
-                LoadTensor(to + S::kXBytes, &p.w[units - 1], 0, position * (S::kBlockBytes / 128),
-                           p.w_shared ? 0 : tile.batch, ring.full());
-              }
-            }
-            ring.Advance();
-          }
-        }
-        tile = following;
-      }
-    }
+    const auto copy = [&](const Tile& tile, const int4& step, const Ring& ring) {
+      const std::uint32_t to = stages + ring.stage() * stage_bytes;
+      // Wherever the plan says, what is read is in the array and fits into the stage.
+      const int first = max(0, min(step.y, p.nnz));
+      const int bytes = max(0, min(min(step.z, p.capacity), p.nnz - first)) * S::kBlockBytes;
+      ArriveExpecting(ring.full(), S::kXBytes + bytes);
+      LoadTensor(to, &p.x, step.x * kChunk, tile.token, p.x_shared ? 0 : tile.batch, ring.full());
+      if (bytes == 0) return;
+      const std::int64_t block = static_cast<std::int64_t>(p.w_shared ? 0 : tile.batch) * p.nnz + first;
+      LoadBytes(to + S::kXBytes, static_cast<const unsigned char*>(p.packed) + block * S::kBlockBytes, bytes,
+                ring.full());
+    };
+    if (warp == S::kWarpgroups * 4) Produce(p, tiles, ring, lane, copy);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(S::kWarpgroups)>();
-    const int warpgroup = warp / 4;
-    const int first_group = warpgroup % (S::kGroups / S::kOwnGroups) * S::kOwnGroups;
-    const int first_token = warpgroup / (S::kGroups / S::kOwnGroups) * S::kOwnTokens;
-    const FragmentAddresses<kBlock> addresses(warp % 4, lane);
+    const int group = warp / 4;
+    const std::uint32_t lane_blocks = S::kXBytes + Word::OffsetOfLane(warp % 4, lane);
 
-    // The words of one group for 32 steps, one a lane. All warps of a group take the depths to multiply from the same
-    // word, and positions are clamped: whatever the plan says, products stay converged and reads in the stage.
-    const auto load = [&](const Tile& tile, int first, std::uint32_t (&words)[S::kOwnGroups]) {
+    // The plan's words of 32 steps, one in each lane. They are looked at only when they are needed, so that nothing
+    // waits for them before.
+    struct Masks {
+      std::uint32_t own, common;
+    };
+    const auto load = [&](const Tile& tile, int first) {
       const int i = first + lane;
-      const bool is_there = i < tile.steps;
+      if (i >= tile.steps) return Masks{0, 0};
       const std::int32_t* list = p.masks + tile.batch * p.plan_batch_stride + tile.first_step + i;
-#pragma unroll
-      for (int g = 0; g < S::kOwnGroups; ++g) {
-        const int group_slice = (first_group + g) * (kGroup / S::kSliceFeatures);
-        const int slice = group_slice + warp % 4 * 16 / S::kSliceFeatures;
-        const auto word_of = [&](int slice) -> std::uint32_t {
-          return is_there ? __ldg(list + static_cast<std::int64_t>(slice) * p.max_steps) : 0;
-        };
-        const std::uint32_t own = word_of(slice), shared_word = word_of(group_slice);
-        const std::uint32_t blocks = __popc(own & kPresenceMask);
-        const auto last = static_cast<std::uint32_t>(max(0, p.capacity - static_cast<int>(blocks)));
-        const std::uint32_t position = min(own >> kPositionShift, last);
-        words[g] = (own & kPresenceMask) | (shared_word & kDepthsMask) | position << kPositionShift;
-      }
+      const std::int64_t group_slice = group * (kGroup / S::kSliceFeatures);
+      const std::int64_t slice = group_slice + warp % 4 * 16 / S::kSliceFeatures;
+      return Masks{static_cast<std::uint32_t>(__ldg(list + slice * p.max_steps)),
+                   static_cast<std::uint32_t>(__ldg(list + group_slice * p.max_steps))};
     };
 
-    OutputWriter<T, S::kOwnTokens, S::kBuffers> writer(p, output + warpgroup * S::kBuffers * kPieceBytes, warpgroup);
+    OutputWriter<T, S::kTokens> writer(p, output + group * kPieceBytes, group);
     Tile tile = tiles.Load(0);
-    std::uint32_t next[S::kOwnGroups];
-    load(tile, 0, next);
+    Masks next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
       const Tile following = tiles.Load(round);
-      float sum[S::kOwnGroups][S::kOwnTokens / 2] = {};
-      std::uint32_t window[S::kOwnGroups];
-      std::uint32_t held = 0;  // the barrier of the stage that products under way still read, if any
-
+      float sum[S::kTokens / 2] = {};
+      std::uint32_t window = 0;  // the words of 32 steps, one in each lane
+      std::uint32_t held = 0;    // the barrier of the stage that products under way still read, if any
       const auto finish = [&] {
         WaitForProducts<0>();
         if (held != 0 && lane == 0) Arrive(held);
         held = 0;
       };
 
-      // Gathers the A of unit `unit` of a step into `a` while the products of the last unit still read `last_a`.
-      using Fragments = std::uint32_t[S::kOwnGroups][S::kUnitDepths][4];
-      std::uint32_t words[S::kOwnGroups];
-      const auto multiply = [&](int unit, Fragments& a, Fragments& last_a) {
-        const std::uint32_t x = stages + ring.stage() * stage_bytes;
-#pragma unroll
-        for (int g = 0; g < S::kOwnGroups; ++g) {
-#pragma unroll
-          for (int k = 0; k < S::kUnitDepths; ++k) {
-            const int depth = unit * S::kUnitDepths + k;
-            if (words[g] >> (kDepthsShift + depth) & 1) {
-              LoadMatrices<true>(a[g][k], addresses.At(words[g], depth, x + S::kXBytes, zeros));
-            }
-          }
-        }
-        if (unit == 0) {
-          finish();
-          held = ring.empty();
-        } else {
-          WaitForProducts<0>();
-        }
-        KeepRegisters(sum);
-        KeepRegisters(last_a);
-        KeepRegisters(a);
-        const std::uint64_t tokens = OperandDescriptor(x + first_token * kChunkBytes);
-#pragma unroll
-        for (int g = 0; g < S::kOwnGroups; ++g) {
-#pragma unroll
-          for (int k = 0; k < S::kUnitDepths; ++k) {
-            const int depth = unit * S::kUnitDepths + k;
-            if (words[g] >> (kDepthsShift + depth) & 1) {
-              FenceProducts();
-              MultiplyRegisters<T>(sum[g], a[g][k], tokens + depth * kDepthStepKMajor);
-              CommitProducts();
-            }
-          }
-        }
-      };
-      const auto begin_step = [&](int i) {
+      using Fragments = std::uint32_t[S::kDepths][4];
+      // Step `i`, by the registers `a`; the products of the last step may still run and read `last_a`.
+      const auto multiply = [&](int i, Fragments& a, Fragments& last_a) {
         if (i % 32 == 0) {
-#pragma unroll
-          for (int g = 0; g < S::kOwnGroups; ++g) window[g] = next[g];
-          if (i + 32 < tile.steps) {
-            load(tile, i + 32, next);
-          } else {
-            load(following, 0, next);
-          }
+          window = Word::Make(next.own, next.common, p.capacity);
+          next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
         }
-#pragma unroll
-        for (int g = 0; g < S::kOwnGroups; ++g) words[g] = __shfl_sync(kAllLanes, window[g], i % 32);
-        if (!ring.IsFull()) {
+        const std::uint32_t word = __shfl_sync(kAllLanes, window, i % 32);
+        if (!__all_sync(kAllLanes, ring.IsFull())) {
           finish();  // a stage is not held while waiting for copies
           ring.WaitFull();
         }
+        if constexpr (!S::kGathersAhead) {
+          finish();
+          KeepRegisters(sum);
+          KeepRegisters(a);
+        }
+        const std::uint32_t x = stages + ring.stage() * stage_bytes;
+#pragma unroll
+        for (int k = 0; k < S::kDepths; ++k) Word::Gather(a[k], word, k, x + lane_blocks);
+        if constexpr (S::kGathersAhead) {
+          finish();
+          KeepRegisters(sum);
+          KeepRegisters(last_a);
+        }
+        KeepRegisters(a);
+        held = ring.empty();
+        ring.Advance();
+        const std::uint64_t tokens = OperandDescriptor(x);
+#pragma unroll
+        for (int k = 0; k < S::kDepths; k += S::kRun) {
+          if (!Word::IsOccupied(word, k)) continue;
+          FenceProducts();
+#pragma unroll
+          for (int r = k; r < k + S::kRun; ++r) MultiplyRegisters<T>(sum, a[r], tokens + r * kDepthStepKMajor);
+          CommitProducts();
+        }
       };
 
-      Fragments even = {}, odd = {};
-      if (tile.steps == 0) load(following, 0, next);
-      if constexpr (S::kUnits == 1) {
+      if (tile.steps == 0) next = load(following, 0);
+      if constexpr (S::kGathersAhead) {
+        Fragments even = {}, odd = {};
         for (int i = 0; i < tile.steps; i += 2) {
-          begin_step(i);
-          multiply(0, even, odd);
-          ring.Advance();
-          if (i + 1 < tile.steps) {
-            begin_step(i + 1);
-            multiply(0, odd, even);
-            ring.Advance();
-          }
+          multiply(i, even, odd);
+          if (i + 1 < tile.steps) multiply(i + 1, odd, even);
         }
+        finish();
+        KeepRegisters(even);
+        KeepRegisters(odd);
       } else {
-        for (int i = 0; i < tile.steps; ++i) {
-          begin_step(i);
-          multiply(0, even, odd);
-          multiply(1, odd, even);
-          ring.Advance();
-        }
+        Fragments a = {};
+        for (int i = 0; i < tile.steps; ++i) multiply(i, a, a);
+        finish();
+        KeepRegisters(a);
       }
-      finish();
       KeepRegisters(sum);
-      KeepRegisters(even);
-      KeepRegisters(odd);
-#pragma unroll
-      for (int g = 0; g < S::kOwnGroups; ++g) {
-        writer.Write(sum[g], tile.feature + (first_group + g) * kGroup, tile.token + first_token, tile.batch);
-      }
+      writer.Write(sum, tile.feature + group * kGroup, tile.token, tile.batch);
       tile = following;
     }
     writer.Finish();
   }
 }
 
-template <typename T, int kBlock, int kTileTokens, int kTileFeatures, int kNumWarpgroups>
-cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
-  using S = SmallTile<kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
-  if (params.transpose || params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) {
-    return cudaErrorInvalidValue;
-  }
+template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
+cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream) {
+  using S = SmallTile<kBlock, kTileTokens, kTileFeatures>;
+  if (params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) return cudaErrorInvalidValue;
   KernelParams p;
-  cudaError_t error = FillParams<T>(params, S::kTokens, &p);
-  if (error != cudaSuccess) return error;
+  if (const cudaError_t error = FillParams<T>(params, S::kTokens, &p); error != cudaSuccess) return error;
   const int stage_bytes = S::StageBytes(params.capacity);
-  constexpr int kOtherBytes = S::kOutputBytes + S::kZeroBytes;
+  p.packed = params.data;
   p.capacity = params.capacity;
-  p.stages = StagesThatFit(stage_bytes, kOtherBytes);
-  constexpr CUtensorMapDataType kType =
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const std::uint64_t rows = static_cast<std::uint64_t>(params.nnz) * (S::kBlockBytes / 128);
-  for (int units = 1; units <= kWUnits; ++units) {
-    const auto box_rows = static_cast<std::uint32_t>(units * (kWUnit / 128));
-    error = EncodeTensorMap(&p.w[units - 1],
-                            {params.data, kType, 2, 64, rows, static_cast<std::uint64_t>(params.data_batch), box_rows});
-    if (error != cudaSuccess) return error;
-  }
+  p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
   const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
-  constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, kNumWarpgroups>;
-  return LaunchPersistent<kKernel, 1>(p, tiles, S::kThreads, kAlignment + p.stages * stage_bytes + kOtherBytes, stream);
+  constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures>;
+  return LaunchPersistent<kKernel, 1>(p, tiles, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
+                                      stream);
 }
 
 }  // namespace jax_blocksparse::sm90

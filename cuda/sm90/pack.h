@@ -1,4 +1,4 @@
-// Puts small blocks where the matmul kernel finds them: in the order of its plan. Plain C++.
+// Puts small blocks where the matmul kernel finds them: in the order of its plan, ready for its registers. Plain C++.
 #pragma once
 
 #include <cuda_runtime_api.h>

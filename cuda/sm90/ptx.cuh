@@ -96,7 +96,16 @@ __device__ __forceinline__ void LoadTensor(std::uint32_t to, const CUtensorMap* 
       : "memory");
 }
 
-// The same into every CTA of the cluster that `ctas` has a bit for, at the same address, signalling each one's barrier.
+// Contiguous bytes, a multiple of 16 of them at multiples of 16.
+__device__ __forceinline__ void LoadBytes(std::uint32_t to, const void* from, std::uint32_t bytes,
+                                          std::uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// LoadTensor into every CTA of the cluster that `ctas` has a bit for, at the same address, signalling each one's
+// barrier.
 __device__ __forceinline__ void LoadTensorMulticast(std::uint32_t to, const CUtensorMap* from, int c0, int c1, int c2,
                                                     std::uint32_t barrier, std::uint16_t ctas) {
   asm volatile(
@@ -127,6 +136,31 @@ __device__ __forceinline__ void FenceForCopies() { asm volatile("fence.proxy.asy
 
 __device__ __forceinline__ void StoreShared4(std::uint32_t to, std::uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void LoadShared16(std::uint32_t from, float (&values)[4]) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "r"(from)
+               : "memory");
+}
+
+// Zero if the condition does not hold; then nothing is read.
+__device__ __forceinline__ std::uint32_t LoadShared4OrZero(bool condition, std::uint32_t from) {
+  std::uint32_t value;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.shared.u32 %0, [%1];}"
+               : "=&r"(value)
+               : "r"(from), "r"(static_cast<std::uint32_t>(condition))
+               : "memory");
+  return value;
+}
+
+// Leaves the values as they are if the condition does not hold.
+__device__ __forceinline__ void LoadShared16If(bool condition, std::uint32_t (&values)[4], std::uint32_t from) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
+               : "+r"(values[0]), "+r"(values[1]), "+r"(values[2]), "+r"(values[3])
+               : "r"(from), "r"(static_cast<std::uint32_t>(condition))
+               : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements, each stored transposed; lane l gives the address of row l%8 of matrix l/8.
@@ -193,7 +227,10 @@ __device__ __forceinline__ void KeepRegisters(R (&registers)[kPlanes][kRows][kCo
   for (int i = 0; i < kPlanes; ++i) KeepRegisters(registers[i]);
 }
 
-// Operands %0 to %63 and %0 to %127, the sum.
+// The first operands, the sum.
+#define JBS_SUM32                                                           \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
 #define JBS_SUM64                                                                    \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -210,7 +247,8 @@ __device__ __forceinline__ void KeepRegisters(R (&registers)[kPlanes][kRows][kCo
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
 #define JBS_INOUT4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define JBS_INOUT16(d, i) JBS_INOUT4(d, i), JBS_INOUT4(d, i + 4), JBS_INOUT4(d, i + 8), JBS_INOUT4(d, i + 12)
-#define JBS_INOUT64(d, i) JBS_INOUT16(d, i), JBS_INOUT16(d, i + 16), JBS_INOUT16(d, i + 32), JBS_INOUT16(d, i + 48)
+#define JBS_INOUT32(d, i) JBS_INOUT16(d, i), JBS_INOUT16(d, i + 16)
+#define JBS_INOUT64(d, i) JBS_INOUT32(d, i), JBS_INOUT32(d, i + 32)
 #define JBS_INOUT128(d, i) JBS_INOUT64(d, i), JBS_INOUT64(d, i + 64)
 
 // A in registers, B K-major in shared memory. In the instruction: add to the sum, negate neither, B not transposed.
@@ -220,20 +258,20 @@ __device__ __forceinline__ void KeepRegisters(R (&registers)[kPlanes][kRows][kCo
                : JBS_INOUT##regs(sum, 0)                                                         \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor))
 
-template <typename T>
-__device__ __forceinline__ void MultiplyRegisters(float (&sum)[64], const std::uint32_t (&a)[4],
+template <typename T, int kSums>
+__device__ __forceinline__ void MultiplyRegisters(float (&sum)[kSums], const std::uint32_t (&a)[4],
                                                   std::uint64_t b_descriptor) {
-  if constexpr (std::is_same_v<T, __half>) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kSums == 32 || kSums == 64 || kSums == 128, "64, 128 or 256 columns");
+  if constexpr (kSums == 32 && kHalf) {
+    JBS_MULTIPLY_REGISTERS(64, 32, "f16", "%32", "%33", "%34", "%35", "%36");
+  } else if constexpr (kSums == 32) {
+    JBS_MULTIPLY_REGISTERS(64, 32, "bf16", "%32", "%33", "%34", "%35", "%36");
+  } else if constexpr (kSums == 64 && kHalf) {
     JBS_MULTIPLY_REGISTERS(128, 64, "f16", "%64", "%65", "%66", "%67", "%68");
-  } else {
+  } else if constexpr (kSums == 64) {
     JBS_MULTIPLY_REGISTERS(128, 64, "bf16", "%64", "%65", "%66", "%67", "%68");
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void MultiplyRegisters(float (&sum)[128], const std::uint32_t (&a)[4],
-                                                  std::uint64_t b_descriptor) {
-  if constexpr (std::is_same_v<T, __half>) {
+  } else if constexpr (kHalf) {
     JBS_MULTIPLY_REGISTERS(256, 128, "f16", "%128", "%129", "%130", "%131", "%132");
   } else {
     JBS_MULTIPLY_REGISTERS(256, 128, "bf16", "%128", "%129", "%130", "%131", "%132");
@@ -241,19 +279,25 @@ __device__ __forceinline__ void MultiplyRegisters(float (&sum)[128], const std::
 }
 
 // Both in shared memory: A K-major or, with kMNMajorA, MN-major; B K-major.
-#define JBS_MULTIPLY_SHARED(type)                                                          \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " " JBS_SUM128 \
-               "%128, %129, 1, 1, 1, %130, 0;"                                             \
-               : JBS_INOUT128(sum, 0)                                                      \
+#define JBS_MULTIPLY_SHARED(n, regs, type, a, b, transposed)                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " JBS_SUM##regs a \
+               ", " b ", 1, 1, 1, " transposed ", 0;"                                              \
+               : JBS_INOUT##regs(sum, 0)                                                           \
                : "l"(a_descriptor), "l"(b_descriptor), "n"(kMNMajorA ? 1 : 0))
 
-template <typename T, bool kMNMajorA>
-__device__ __forceinline__ void MultiplyShared(float (&sum)[128], std::uint64_t a_descriptor,
+template <typename T, bool kMNMajorA, int kSums>
+__device__ __forceinline__ void MultiplyShared(float (&sum)[kSums], std::uint64_t a_descriptor,
                                                std::uint64_t b_descriptor) {
-  if constexpr (std::is_same_v<T, __half>) {
-    JBS_MULTIPLY_SHARED("f16");
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kSums == 32 || kSums == 128, "64 or 256 columns");
+  if constexpr (kSums == 32 && kHalf) {
+    JBS_MULTIPLY_SHARED(64, 32, "f16", "%32", "%33", "%34");
+  } else if constexpr (kSums == 32) {
+    JBS_MULTIPLY_SHARED(64, 32, "bf16", "%32", "%33", "%34");
+  } else if constexpr (kHalf) {
+    JBS_MULTIPLY_SHARED(256, 128, "f16", "%128", "%129", "%130");
   } else {
-    JBS_MULTIPLY_SHARED("bf16");
+    JBS_MULTIPLY_SHARED(256, 128, "bf16", "%128", "%129", "%130");
   }
 }
 
@@ -261,9 +305,11 @@ __device__ __forceinline__ void MultiplyShared(float (&sum)[128], std::uint64_t 
 #undef JBS_MULTIPLY_REGISTERS
 #undef JBS_INOUT128
 #undef JBS_INOUT64
+#undef JBS_INOUT32
 #undef JBS_INOUT16
 #undef JBS_INOUT4
 #undef JBS_SUM128
 #undef JBS_SUM64
+#undef JBS_SUM32
 
 }  // namespace jax_blocksparse::sm90

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from jax_blocksparse import patterns
 from jax_blocksparse._native import Availability, has_cpu, has_cuda
+from jax_blocksparse.advice import Advice, Expectation, advise
 from jax_blocksparse.lowering import DISABLED_EXPORT_CHECKS
 from jax_blocksparse.matrix import BlockSparseMatrix
 from jax_blocksparse.mlp import mlp
@@ -21,9 +22,12 @@ __version__ = importlib.metadata.version("jax_blocksparse")
 __all__ = [
     "BLOCK_SIZES",
     "DISABLED_EXPORT_CHECKS",
+    "Advice",
     "Availability",
     "BlockPattern",
     "BlockSparseMatrix",
+    "Expectation",
+    "advise",
     "has_cpu",
     "has_cuda",
     "matmul",

@@ -10,6 +10,7 @@ from flax.linen import dtypes
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse.activations import Activation
+from jax_blocksparse.advice import warn_if_dense_is_faster
 from jax_blocksparse.initializers import Initializer, init_blocks
 from jax_blocksparse.layers import check_fit, choose_pattern
 from jax_blocksparse.matrix import BlockSparseMatrix
@@ -89,6 +90,7 @@ class BlockSparseDense(nn.Module):
         """
         matrix, bias = self.weights(jnp.shape(inputs)[-1])
         inputs, kernel, bias = self.promote_dtype(inputs, matrix.data, bias, dtype=self.dtype)
+        warn_if_dense_is_faster(inputs, matrix.pattern)
         return matmul(
             inputs,
             BlockSparseMatrix(kernel, matrix.pattern),
@@ -199,6 +201,7 @@ class BlockSparseMLP(nn.Module):
         inputs, kernel_in, kernel_out, bias_in, bias_out = dtypes.promote_dtype(
             inputs, w_in.data, w_out.data, bias_in, bias_out, dtype=self.dtype
         )
+        warn_if_dense_is_faster(inputs, w_in.pattern, w_out.pattern)
         return mlp(
             inputs,
             BlockSparseMatrix(kernel_in, w_in.pattern),

@@ -11,7 +11,7 @@ from jax.export import DisabledSafetyCheck
 from jax.interpreters import mlir
 from jax.sharding import AxisType
 
-from jax_blocksparse import _native, epilogues, reference
+from jax_blocksparse import _native, epilogues, reference, sddmm_plan
 from jax_blocksparse.activations import ACTIVATIONS
 from jax_blocksparse.epilogues import matmul_act_p, scaled_matmul_p
 from jax_blocksparse.pattern import INDEX_NAMES
@@ -94,8 +94,21 @@ def _cuda_scaled_matmul(ctx, *operands, side, **params):
     return _cuda_product(ctx, x, data, indices, scale=scale, **params)
 
 
-def _sddmm_call(ctx, x, dy, rows, cols, *_, **__):
+def _cpu_sddmm(ctx, x, dy, rows, cols, *_, **__):
     return jax.ffi.ffi_lowering(_native.SDDMM_TARGET)(ctx.replace(avals_in=ctx.avals_in[:4]), x, dy, rows, cols)
+
+
+def _cuda_sddmm(ctx, *operands, block_size, shape, **_):
+    names = ("x", "dy", *INDEX_NAMES)
+    places = [names.index(name) for name in ("x", "dy", "rows", "cols", "dw_plan")]
+    layout = sddmm_plan.choose_layout(*shape, block_size, ctx.avals_in[2].shape[1])
+    return jax.ffi.ffi_lowering(_native.SDDMM_TARGET)(
+        ctx.replace(avals_in=[ctx.avals_in[place] for place in places]),
+        *(operands[place] for place in places),
+        unit=np.int32(layout.unit),
+        split=np.int32(layout.split),
+        tiles=np.int32(layout.tiles),
+    )
 
 
 def _lower_plain(ctx, plain: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
@@ -153,7 +166,7 @@ def _fused(cuda_call: Callable[..., Any], plain: Callable[..., Any]) -> Any:
 
 for _primitive, _cpu_call, _cuda_call, _plain in (
     (matmul_p, _cpu_matmul, _cuda_matmul, reference.matmul),
-    (sddmm_p, _sddmm_call, _sddmm_call, reference.sddmm),
+    (sddmm_p, _cpu_sddmm, _cuda_sddmm, reference.sddmm),
 ):
     mlir.register_lowering(
         _primitive, _rule("other", None, "native kernels exist for the platforms cpu and cuda only", _plain)

@@ -11,6 +11,7 @@ from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse.activations import Activation, check_activation
+from jax_blocksparse.advice import warn_if_dense_is_faster
 from jax_blocksparse.initializers import Initializer, init_blocks
 from jax_blocksparse.layers import choose_pattern
 from jax_blocksparse.matrix import BlockSparseMatrix
@@ -126,6 +127,7 @@ class BlockSparseLinear(nnx.Module):
         """
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        warn_if_dense_is_faster(inputs, self.pattern.get_value())
         y = matmul(
             inputs,
             BlockSparseMatrix(kernel, self.pattern.get_value()),
@@ -301,6 +303,7 @@ class BlockSparseMLP(nnx.Module):
         inputs, kernel_in, kernel_out, bias_in, bias_out = up.promote_dtype(
             (inputs, up.kernel[...], down.kernel[...], *biases), dtype=up.dtype
         )
+        warn_if_dense_is_faster(inputs, up.pattern.get_value(), down.pattern.get_value())
         return mlp(
             inputs,
             BlockSparseMatrix(kernel_in, up.pattern.get_value()),

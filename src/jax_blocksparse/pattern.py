@@ -1,6 +1,7 @@
 """BlockPattern: where the blocks of a block-sparse matrix are, and the orders and plans by which kernels walk them."""
 
 import dataclasses
+import functools
 import numbers
 import operator
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_blocksparse.plan import PlanLayout, choose_layout, flat_size, make_flat_plan
+from jax_blocksparse import plan, sddmm_plan
+from jax_blocksparse.plan import PlanLayout, flat_size
+from jax_blocksparse.sddmm_plan import SddmmLayout
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 """The block sizes that the native kernels have."""
 
-INDEX_NAMES = ("rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order", "y_plan", "dx_plan")
+INDEX_NAMES = ("rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order", "y_plan", "dx_plan", "dw_plan")
 """The leaves of a BlockPattern."""
 
 
@@ -81,6 +84,7 @@ class BlockPattern:
       row_order: (nnz,) int32, block ids sorted by (row, column), inert ones last.
       y_plan: int32, what the Hopper kernels copy and multiply for x @ W, step by step (see `jax_blocksparse.plan`).
       dx_plan: int32, the same for x @ W.T.
+      dw_plan: int32, the same for the blocks of x.T @ dy (see `jax_blocksparse.sddmm_plan`).
       shape: (K, N), the size of the matrix in elements; static.
       block_size: b, one of `BLOCK_SIZES`; static.
     """
@@ -93,6 +97,7 @@ class BlockPattern:
     row_order: jax.Array
     y_plan: jax.Array
     dx_plan: jax.Array
+    dw_plan: jax.Array
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
 
@@ -206,7 +211,15 @@ class BlockPattern:
 
     @property
     def T(self) -> "BlockPattern":  # noqa: N802
-        """The pattern of the transposed matrix: the same arrays under swapped names."""
+        """The pattern of the transposed matrix: the same arrays under swapped names, but for a new `dw_plan`."""
+        layout = sddmm_plan.choose_layout(*self.shape[::-1], self.block_size, self.nnz)
+        if is_concrete(self.rows, self.cols) and self.rows.ndim == 1:
+            dw_plan = sddmm_plan.make_flat_plan(np.asarray(self.cols), np.asarray(self.rows), layout, np)
+            with jax.ensure_compile_time_eval():
+                dw_plan = jnp.asarray(dw_plan)
+        else:
+            make = functools.partial(sddmm_plan.make_flat_plan, layout=layout, xp=jnp)
+            dw_plan = jnp.vectorize(make, signature="(n),(n)->(m)")(self.cols, self.rows)
         return BlockPattern(
             rows=self.cols,
             cols=self.rows,
@@ -216,6 +229,7 @@ class BlockPattern:
             row_order=self.col_order,
             y_plan=self.dx_plan,
             dx_plan=self.y_plan,
+            dw_plan=dw_plan,
             shape=self.shape[::-1],
             block_size=self.block_size,
         )
@@ -224,8 +238,8 @@ class BlockPattern:
     def index_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes that the index arrays of one pattern of this shape, block size and number of blocks have."""
         ids, (grid_k, grid_n) = (self.nnz,), self.grid
-        y_plan, dx_plan = ((flat_size(layout),) for layout in _layouts(self.shape, self.block_size, self.nnz))
-        return ids, ids, (grid_n + 1,), ids, (grid_k + 1,), ids, y_plan, dx_plan
+        plans = ((flat_size(layout),) for layout in _layouts(self.shape, self.block_size, self.nnz))
+        return ids, ids, (grid_n + 1,), ids, (grid_k + 1,), ids, *plans
 
     @property
     def indices(self) -> tuple[jax.Array, ...]:
@@ -293,17 +307,25 @@ def _orders(xp: ModuleType, rows: jax.Array, cols: jax.Array, grid: tuple[int, i
     return *walk(cols, rows, grid[1]), *walk(rows, cols, grid[0])
 
 
-def _layouts(shape: tuple[int, int], block_size: int, nnz: int) -> tuple[PlanLayout, PlanLayout]:
-    """The layouts of y_plan and dx_plan."""
-    return choose_layout(*shape, block_size, nnz), choose_layout(*shape[::-1], block_size, nnz)
+def _layouts(shape: tuple[int, int], block_size: int, nnz: int) -> tuple[PlanLayout, PlanLayout, SddmmLayout]:
+    """The layouts of y_plan, dx_plan and dw_plan."""
+    return (
+        plan.choose_layout(*shape, block_size, nnz),
+        plan.choose_layout(*shape[::-1], block_size, nnz),
+        sddmm_plan.choose_layout(*shape, block_size, nnz),
+    )
 
 
 def _plans(
     xp: ModuleType, rows: jax.Array, cols: jax.Array, shape: tuple[int, int], block_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """(y_plan, dx_plan), by NumPy on the host or jax.numpy under jit."""
-    y_layout, dx_layout = _layouts(shape, block_size, rows.shape[0])
-    return make_flat_plan(rows, cols, y_layout, xp), make_flat_plan(cols, rows, dx_layout, xp)
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y_plan, dx_plan, dw_plan), by NumPy on the host or jax.numpy under jit."""
+    y_layout, dx_layout, dw_layout = _layouts(shape, block_size, rows.shape[0])
+    return (
+        plan.make_flat_plan(rows, cols, y_layout, xp),
+        plan.make_flat_plan(cols, rows, dx_layout, xp),
+        sddmm_plan.make_flat_plan(rows, cols, dw_layout, xp),
+    )
 
 
 def _check_positions(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:

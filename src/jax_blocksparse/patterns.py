@@ -1,5 +1,6 @@
 """Pattern generators: where to put the blocks of a weight. Reproducible: the same arguments give the same pattern."""
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Literal
@@ -59,6 +60,68 @@ def random(
     rows = xp.sort(xp.argsort(xp.asarray(noise), axis=1, stable=True)[:, :fan_in], axis=1)
     cols = xp.repeat(xp.arange(n), fan_in)
     return BlockPattern.from_coordinates(rows.ravel(), cols, shape=shape, block_size=block_size)
+
+
+def barabasi_albert(
+    shape: Sequence[int], block_size: int, *, density: float, seed: int | jax.Array = 0
+) -> BlockPattern:
+    """A skewed pattern, whose block rows and columns have power-law counts: a few hubs, many with few blocks.
+
+    Rows and columns of blocks join a matrix one after the other. Each brings the same number of blocks, placed on
+    columns, respectively rows, that are there already, chosen with a chance in proportion to the blocks they have: the
+    preferential attachment of Barabasi and Albert, between two kinds of nodes. The oldest come first and are the hubs.
+
+    Source: "Emergence of scaling in random networks", Science 286 (1999).
+
+    Args:
+      shape: (K, N) of the matrix, in elements.
+      block_size: one of `BLOCK_SIZES`.
+      density: fraction of the blocks to keep, in (0, 1]; reached but for rounding.
+      seed: an integer, or a JAX random key; the pattern is the same on every device.
+
+    Returns:
+      The pattern, whose block ids go down one column after the other.
+
+    Raises:
+      ValueError: if an argument is out of range.
+      TypeError: if `seed` is neither an integer nor a key.
+      jax.errors.TracerArrayConversionError: if `seed` is being traced.
+
+    Example:
+      >>> import jax_blocksparse as jbs
+      >>> pattern = jbs.patterns.barabasi_albert((2048, 2048), 32, density=0.1, seed=1)
+      >>> counts = sorted(pattern.mask().sum(axis=0).tolist())
+      >>> round(pattern.density, 3), counts[0], counts[-1]
+      (0.1, 3, 29)
+    """
+    shape, block_size = check_geometry(shape, block_size)
+    density = check_density(density)
+    k, n = block_grid(shape, block_size)
+    # A core of old rows and columns is full, so that the first to join find enough of the others. With a fraction f of
+    # both in the core and brought by each newcomer, k n (2 f - f^2) blocks result: as many as the density wants.
+    fraction = 1 - math.sqrt(1 - density)
+    rows_joined, cols_joined = math.ceil(fraction * k), math.ceil(fraction * n)
+    mask = np.zeros((k, n), bool)
+    mask[:rows_joined, :cols_joined] = True
+    with jax.ensure_compile_time_eval():
+        noise = jax.random.bits(_as_key(seed), (k + n, max(k, n)), np.uint32)
+    # The least of exponential variables over their rates: a draw without replacement, each in proportion to its rate.
+    waiting = -np.log1p(-(np.asarray(noise) / 2.0**32))
+    row_counts, col_counts = mask.sum(axis=1), mask.sum(axis=0)
+    for turn in waiting[rows_joined + cols_joined :]:
+        if rows_joined * n <= cols_joined * k:  # both kinds join at the pace that keeps the proportions
+            chosen = _first(turn, col_counts[:cols_joined], fraction * n, rows_joined)
+            mask[rows_joined, chosen] = True
+            row_counts[rows_joined] = chosen.size
+            col_counts[chosen] += 1
+            rows_joined += 1
+        else:
+            chosen = _first(turn, row_counts[:rows_joined], fraction * k, cols_joined)
+            mask[chosen, cols_joined] = True
+            col_counts[cols_joined] = chosen.size
+            row_counts[chosen] += 1
+            cols_joined += 1
+    return BlockPattern.from_mask(mask, shape=shape, block_size=block_size)
 
 
 def banded(shape: Sequence[int], block_size: int, *, density: float) -> BlockPattern:
@@ -161,6 +224,12 @@ def butterfly(shape: Sequence[int], block_size: int, *, density: float = 1.0) ->
             break
         mask = wider
     return BlockPattern.from_mask(mask, shape=shape, block_size=block_size)
+
+
+def _first(waiting: np.ndarray, rates: np.ndarray, count: float, turn: int) -> np.ndarray:
+    """Those whose time comes first: `count` of them on average over the turns, at least one."""
+    whole = max(1, math.floor((turn + 1) * count) - math.floor(turn * count))
+    return np.argsort(waiting[: rates.size] / rates, kind="stable")[:whole]
 
 
 def _as_key(seed: int | jax.Array) -> jax.Array:

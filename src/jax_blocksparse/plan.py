@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,6 @@ CHUNK = 64
 _GROUP = 64  # output features of one product of the tensor cores
 _DEPTH = 16  # input features of one product
 _LARGE_TILE = 128  # output features of a tile of large blocks
-_COPY_UNIT = 2048  # bytes: small blocks are copied in multiples of it
 _ALIGNMENT = 4  # integers: the kernels read four at a time
 
 
@@ -34,7 +33,7 @@ class PlanLayout:
       out_features: features of the result.
       block_size: one of `jax_blocksparse.BLOCK_SIZES`.
       nnz: number of blocks, inert ones included.
-      tile_features: output features of a tile, 128 or 256; 128 for blocks of 64 and 128.
+      tile_features: output features of a tile. The kernels take 256 for blocks of 16 and 32, else 128.
       capacity: the most blocks a step may have, for blocks of 8 to 32: what a stage of shared memory is made for. A
         chunk with more takes several steps.
     """
@@ -123,10 +122,9 @@ def choose_capacity(block_size: int, tile_features: int, density: float) -> int:
     full = full_capacity(block_size, tile_features)
     density = min(1.0, density)  # inert and repeated blocks can make it more
     expected = full * density
-    likely = math.ceil(expected + 3 * math.sqrt(expected * (1 - density))) + 1
-    unit = max(1, _COPY_UNIT // (2 * block_size**2))
+    likely = math.ceil(expected + 2.5 * math.sqrt(expected * (1 - density)))
     least = full_capacity(block_size, max(16, block_size))  # the kernels want room for what one mask names
-    return min(full, max(least, -(-likely // unit) * unit))
+    return min(full, max(least, likely))
 
 
 def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int) -> PlanLayout:
@@ -135,18 +133,18 @@ def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int
     Example:
       >>> layout = choose_layout(4096, 4096, 16, nnz=6554)
       >>> layout.tile_features, layout.capacity, layout.max_steps
-      (256, 16, 1433)
+      (256, 13, 1528)
     """
     density = nnz * block_size**2 / (in_features * out_features)
-    # Wide tiles of features reuse x more; the other way round, tiles hold more tokens and reuse W.
-    wide = block_size == 32 or (block_size == 16 and density < 0.4)
+    # Wide tiles of features copy x less often. Blocks of 8 are bound by products, which are longer over more tokens.
+    wide = block_size in (16, 32)
     tile_features = 256 if wide else _LARGE_TILE
     capacity = choose_capacity(block_size, tile_features, density) if block_size < CHUNK else 1
     return PlanLayout(in_features, out_features, block_size, nnz, tile_features, capacity)
 
 
-def flat_size(layout: PlanLayout) -> int:
-    """The number of integers in a flat plan."""
+def flat_size(layout: Any) -> int:
+    """The number of integers in a flat plan with the lists of `layout.shapes`."""
     return sum(-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in layout.shapes)
 
 

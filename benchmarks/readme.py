@@ -1,0 +1,96 @@
+"""What README says about speed, made from a report: a table, the pictures and where they come from."""
+
+import pathlib
+import re
+from typing import Any
+
+from benchmarks import report as reports
+from benchmarks.environment import ROOT
+from benchmarks.report import PRODUCT_NAMES, main_workload, select, table
+
+README = ROOT / "README.md"
+FIGURES = ROOT / "docs" / "figures"
+
+_SECTION = re.compile(
+    r"<!-- python -m benchmarks readme (?P<file>\S+) -->\n(?P<text>.*)<!-- end of what that command writes -->",
+    re.DOTALL,
+)
+_ALT = {
+    "speedup": "Speed-up over dense against density, by block size",
+    "peers": "Speed-up over dense against density, beside other libraries",
+    "throughput": "TFLOP/s on non-zero blocks, by block size",
+    "break_even": "Break-even density, by block size",
+}
+
+
+def section(report: dict[str, Any]) -> str:
+    """Returns the section's text, which depends on nothing but the report."""
+    workload = main_workload(report["results"])
+    m, k, n = (workload[size] for size in "mkn")
+    records = select(report["results"], **workload)
+    environment = report["environment"]
+    commit = environment["revision"]["commit"] or "unknown"
+    versions = environment["versions"]
+    images = [f"![{_ALT[name]}]({(FIGURES / f'{name}.png').relative_to(ROOT)})" for name in _figures(records)]
+    return "\n\n".join(
+        (
+            f"How many times faster than `jnp.dot` with a dense W: y / dx / dW at {m} x {k} x {n} (tokens,\n"
+            f"inputs, outputs) in {_long(workload['dtype'])}, random blocks, on {environment['device']}:",
+            _table(records),
+            *images,
+            f"Measured on {environment['date'][:10]} at revision {commit[:12]} with jax {versions['jax']}, the\n"
+            "products and dense in turns in one process, inputs not in the L2 cache, every result checked.",
+        )
+    )
+
+
+def current() -> tuple[pathlib.Path, str]:
+    """Returns the report that README's section says it is made from, and the section's text.
+
+    Raises:
+      ValueError: if README has no such section.
+    """
+    found = _SECTION.search(README.read_text())
+    if not found:
+        raise ValueError("README.md has no section between the comments of `python -m benchmarks readme`")
+    return ROOT / found["file"], found["text"]
+
+
+def write(path: pathlib.Path) -> None:
+    """Writes README's section and its pictures."""
+    from benchmarks import figures
+
+    current()
+    report = reports.load(path)
+    file = path.resolve().relative_to(ROOT)
+    text = f"<!-- python -m benchmarks readme {file} -->\n{section(report)}\n<!-- end of what that command writes -->"
+    README.write_text(_SECTION.sub(lambda _: text, README.read_text()))
+    figures.draw(report, FIGURES)
+
+
+def _figures(records: list[dict[str, Any]]) -> list[str]:
+    has_peers = any(record["contender"] != "native" for record in records)
+    return ["speedup", *(["peers"] if has_peers else []), "break_even"]
+
+
+def _table(records: list[dict[str, Any]]) -> str:
+    ours = select(records, contender="native")
+    densities = sorted({record["density"] for record in ours}, reverse=True)
+    rows = [["block size", *(f"density {density:g}" for density in densities)]]
+    for block in sorted({record["block_size"] for record in ours}, reverse=True):
+        cells = []
+        for density in densities:
+            values = {r["product"]: r["speedup_over_dense"] for r in select(ours, block_size=block, density=density)}
+            cells.append(" / ".join(_times(values.get(product)) for product in PRODUCT_NAMES))
+        rows.append([str(block), *cells])
+    return table(rows)
+
+
+def _times(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def _long(dtype: str) -> str:
+    return {"bf16": "bfloat16", "f16": "float16", "tf32": "float32 (TF32)", "f32": "float32"}[dtype]

@@ -1,0 +1,9 @@
+#include "matmul_skinny.cuh"
+
+namespace jax_blocksparse {
+
+cudaError_t LaunchMatmulSkinnyBF16(const MatmulParams& params, int sm_count, cudaStream_t stream) {
+  return LaunchMatmulSkinnyOf<__nv_bfloat16>(params, sm_count, stream);
+}
+
+}  // namespace jax_blocksparse

@@ -1,0 +1,9 @@
+#include "matmul_skinny.cuh"
+
+namespace jax_blocksparse {
+
+cudaError_t LaunchMatmulSkinnyF16(const MatmulParams& params, int sm_count, cudaStream_t stream) {
+  return LaunchMatmulSkinnyOf<__half>(params, sm_count, stream);
+}
+
+}  // namespace jax_blocksparse
