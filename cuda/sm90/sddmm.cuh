@@ -12,17 +12,10 @@ cudaError_t LaunchLargeUnit(const SddmmParams& params, cudaStream_t stream) {
   return LaunchSddmmShape<T, Shape, SddmmLargeKernel<T, kUnit>>(params, stream);
 }
 
-template <typename T, int kUnit, int kTokens>
-cudaError_t LaunchSmallTokens(const SddmmParams& params, cudaStream_t stream) {
-  using Shape = typename SmallConsumers<T, kUnit, kTokens>::Shape;
-  return LaunchSddmmShape<T, Shape, SddmmSmallKernel<T, kUnit, kTokens>>(params, stream);
-}
-
-// Tiles that CTAs share need many slabs: with fewer tokens to a stage there is room for more than two stages.
 template <typename T, int kUnit>
 cudaError_t LaunchSmallUnit(const SddmmParams& params, cudaStream_t stream) {
-  return params.split > 1 ? LaunchSmallTokens<T, kUnit, 16>(params, stream)
-                          : LaunchSmallTokens<T, kUnit, 32>(params, stream);
+  using Shape = typename SmallConsumers<T, kUnit>::Shape;
+  return LaunchSddmmShape<T, Shape, SddmmSmallKernel<T, kUnit>>(params, stream);
 }
 
 template <typename T>

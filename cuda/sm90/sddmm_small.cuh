@@ -12,9 +12,9 @@
 
 namespace jax_blocksparse::sm90 {
 
-template <typename T, int kUnit, int kTokens>
+template <typename T, int kUnit>
 struct SmallConsumers {
-  using Shape = SddmmShape<kUnit, kTokens>;
+  using Shape = SddmmShape<kUnit, 32>;
   static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
   static constexpr int kSteps = kUnit / 16;                            // products along a unit's side
   static_assert(kUnit == 16 || kUnit == 32);
@@ -105,9 +105,9 @@ struct SmallConsumers {
   }
 };
 
-template <typename T, int kUnit, int kTokens>
+template <typename T, int kUnit>
 __global__ void __launch_bounds__(kSddmmThreads, 1) SddmmSmallKernel(const __grid_constant__ SddmmKernelParams p) {
-  RunSddmm<T, SmallConsumers<T, kUnit, kTokens>>(p);
+  RunSddmm<T, SmallConsumers<T, kUnit>>(p);
 }
 
 }  // namespace jax_blocksparse::sm90

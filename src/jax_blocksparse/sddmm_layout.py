@@ -13,6 +13,7 @@ _CLUSTERS = {1: 132, 2: 66, 4: 30}
 # Microseconds that a tile of 8192 tokens takes, measured on an H100, by unit.
 _START = {16: 15.0, 32: 25.0, 64: 45.0, 128: 28.0}
 _COPY = {16: 14.0, 32: 14.0, 64: 9.0, 128: 18.0}  # of a slab
+_CROWDED = 14.0  # each slab of units of 64 beyond nine takes besides: stages get large, and few fit
 _MULTIPLY = {16: 2.1, 32: 4.9, 64: 9.3, 128: 32.0}  # of a unit
 
 
@@ -67,4 +68,6 @@ def _expected_time(layout: SddmmLayout) -> float:
         return math.inf
     waves = math.ceil(layout.strips * tiles / _CLUSTERS[layout.split])
     copy, multiply = _COPY[layout.unit] * (x_slabs + dy_slabs), _MULTIPLY[layout.unit] * units
+    if layout.unit == 64:
+        copy += _CROWDED * max(0, x_slabs + dy_slabs - 9)
     return waves * (_START[layout.unit] + max(copy, multiply) / layout.split)
