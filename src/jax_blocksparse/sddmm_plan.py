@@ -256,4 +256,4 @@ def _put(xp: ModuleType, index: jax.Array, values: jax.Array, size: int) -> jax.
         result = np.zeros(size + 1, np.int32)
         result[np.minimum(index, size)] = values
         return result[:size]
-    return xp.zeros(size, np.int32).at[index].set(values, mode="drop")
+    return xp.zeros(size, np.int32).at[index].set(values.astype(np.int32), mode="drop")
