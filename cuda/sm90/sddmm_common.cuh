@@ -126,6 +126,7 @@ class StageRing {
   __device__ int stage() const { return stage_; }
   __device__ std::uint32_t full() const { return barriers_ + stage_ * 8; }
   __device__ std::uint32_t empty() const { return full() + kMaxStages * 8; }
+  __device__ bool IsFull() const { return __all_sync(kAllLanes, TestBarrier(full(), phase_)); }
   __device__ void WaitFull() const { WaitBarrier(full(), phase_); }
   __device__ void WaitEmpty() const { WaitBarrier(empty(), phase_ ^ 1); }
   __device__ void Advance() {

@@ -75,6 +75,12 @@ struct LargeConsumers {
     const std::uint32_t stage_step = tile.stage_bytes() >> 4;
     std::uint32_t held = 0;  // the barrier of the stage that products under way still read, if any
     for (int chunk = tile.Chunks(p); chunk > 0; --chunk) {
+      if (held != 0 && !ring.IsFull()) {  // a stage is not held while waiting for copies
+        WaitForProducts<0>();
+        KeepRegisters(sums);
+        if (lane == 0) Arrive(held);
+        held = 0;
+      }
       ring.WaitFull();
       const std::uint32_t stage = ring.stage() * stage_step;
       KeepRegisters(sums);
