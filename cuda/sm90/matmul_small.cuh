@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       std::uint32_t held = 0;    // the barrier of the stage that products under way still read, if any
       const auto finish = [&] {
         WaitForProducts<0>();
+        __syncwarp();  // every lane has read its part of the blocks
         if (held != 0 && lane == 0) Arrive(held);
         held = 0;
       };
