@@ -29,7 +29,8 @@ def section(report: dict[str, Any]) -> str:
     m, k, n = (workload[size] for size in "mkn")
     records = select(report["results"], **workload)
     environment = report["environment"]
-    commit = environment["revision"]["commit"] or "unknown"
+    commit, dirty = environment["revision"]["commit"] or "unknown", environment["revision"]["dirty"]
+    revision = f"{commit[:12]}{' with local changes' if dirty else ''}"
     versions = environment["versions"]
     images = [f"![{_ALT[name]}]({(FIGURES / f'{name}.png').relative_to(ROOT)})" for name in _figures(records)]
     return "\n\n".join(
@@ -38,7 +39,7 @@ def section(report: dict[str, Any]) -> str:
             f"inputs, outputs) in {_long(workload['dtype'])}, random blocks, on {environment['device']}:",
             _table(records),
             *images,
-            f"Measured on {environment['date'][:10]} at revision {commit[:12]} with jax {versions['jax']}, the\n"
+            f"Measured on {environment['date'][:10]} at revision {revision}, with jax {versions['jax']}, the\n"
             "products and dense in turns in one process, inputs not in the L2 cache, every result checked.",
         )
     )
