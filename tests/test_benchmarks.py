@@ -269,7 +269,7 @@ def some_results():
     environment = {
         "device": "a chip",
         "date": "2026-11-22T10:00:00",
-        "revision": {"commit": None},
+        "revision": {"commit": None, "dirty": None},
         "versions": versions,
     }
     return {"environment": environment, "results": [dense, *records]}
