@@ -8,6 +8,7 @@
 #include "epilogue.cuh"
 #include "matmul.h"
 #include "ptx.cuh"
+#include "ring.cuh"
 #include "tensor_map.h"
 
 namespace jax_blocksparse::sm90 {
@@ -24,7 +25,6 @@ constexpr int ConsumerRegisters(int warpgroups) {
   const int at_launch = 65536 / threads / 8 * 8 * threads;
   return (at_launch - kProducerThreads * ProducerRegisters(warpgroups)) / (warpgroups * 128) / 8 * 8;
 }
-constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kChunkBytes == 128, "the swizzle, the descriptors and the tensor maps are for rows of 128 bytes");
 
 struct KernelParams {
@@ -100,38 +100,7 @@ __device__ __forceinline__ std::uint32_t Opaque(std::uint32_t value) {
   return value;
 }
 
-// Stages in shared memory that a producer fills and consumers empty, in turns.
-class Ring {
- public:
-  __device__ Ring(std::uint32_t barriers, int stages) : barriers_(barriers), stages_(stages) {}
-
-  static __device__ void Init(std::uint32_t barriers, int stages, int consumers) {
-    for (int stage = 0; stage < stages; ++stage) {
-      InitBarrier(barriers + stage * 8, 1);
-      InitBarrier(barriers + (kMaxStages + stage) * 8, consumers);
-    }
-    FenceBarrierInit();
-  }
-
-  __device__ int stage() const { return stage_; }
-  __device__ std::uint32_t full() const { return barriers_ + stage_ * 8; }
-  __device__ std::uint32_t empty() const { return full() + kMaxStages * 8; }
-  __device__ bool IsFull() const { return TestBarrier(full(), phase_); }
-  __device__ void WaitFull() const { WaitBarrier(full(), phase_); }
-  __device__ void WaitEmpty() const { WaitBarrier(empty(), phase_ ^ 1); }
-  __device__ void Advance() {
-    if (++stage_ == stages_) {
-      stage_ = 0;
-      phase_ ^= 1;
-    }
-  }
-
- private:
-  std::uint32_t barriers_;
-  int stages_;
-  int stage_ = 0;
-  std::uint32_t phase_ = 0;
-};
+using Ring = StageRing<kMaxStages>;
 
 // The work of the warp that copies: calls copy(tile, step, ring) in one lane when the step's stage is empty. The warp
 // stays converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
   const int lane = static_cast<int>(Opaque(threadIdx.x % 32));
   const int rank = kCluster == 1 ? 0 : static_cast<int>(ClusterRank());
 
-  if (threadIdx.x == 0) Ring::Init(barriers, L::kStages, L::kWarpgroups * 4 * kCluster);
+  if (threadIdx.x == 0) Ring::Init(barriers, L::kStages, 1, L::kWarpgroups * 4 * kCluster);
   __syncthreads();
   if constexpr (kCluster > 1) SyncCluster();
 
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
         const int chunk = __shfl_sync(kAllLanes, window.x, i % 32);
         const int id = __shfl_sync(kAllLanes, window.y, i % 32);
         const std::uint32_t stage = stages + ring.stage() * L::kStageBytes;
-        if (!__all_sync(kAllLanes, ring.IsFull())) {
+        if (!ring.IsFull()) {
           WaitForProducts<0>();  // a stage is not held while waiting for copies
           release();
           ring.WaitFull();

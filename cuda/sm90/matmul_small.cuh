@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
     const int stage = i / (S::kBlockBytes / 4), inside = i % (S::kBlockBytes / 4) * 4;
     StoreShared4(stages + stage * stage_bytes + S::kXBytes + p.capacity * S::kBlockBytes + inside, 0);
   }
-  if (threadIdx.x == 0) Ring::Init(barriers, p.stages, S::kWarpgroups * 4);
+  if (threadIdx.x == 0) Ring::Init(barriers, p.stages, 1, S::kWarpgroups * 4);
   __syncthreads();
 
   const TileList<S::kTokens, S::kFeatures> tiles(p, blockIdx.x, gridDim.x);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
           next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
         }
         const std::uint32_t word = __shfl_sync(kAllLanes, window, i % 32);
-        if (!__all_sync(kAllLanes, ring.IsFull())) {
+        if (!ring.IsFull()) {
           finish();  // a stage is not held while waiting for copies
           ring.WaitFull();
         }

@@ -39,10 +39,7 @@ __device__ __forceinline__ float4 LoadShared16(std::uint32_t from) {
   return value;
 }
 
-// Brings what will be needed into L2, or a tensor map to where copies look for it, without waiting.
-__device__ __forceinline__ void PrefetchLine(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
-}
+// Brings a tensor map to where copies look for it, without waiting.
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -6,12 +6,12 @@
 
 #include "../launch.cuh"
 #include "ptx_sddmm.cuh"
+#include "ring.cuh"
 #include "sddmm.h"
 #include "tensor_map.h"
 
 namespace jax_blocksparse::sm90 {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kPanel = 64;      // features that a copy has: rows of 128 bytes
 constexpr int kMaxPanels = 28;  // of a tile
 constexpr int kCopyWarps = 4;   // one warp cannot issue copies as fast as they can be served
@@ -109,39 +109,7 @@ struct SddmmTile {
   }
 };
 
-// Stages in shared memory that producers fill and consumers empty, in turns.
-class StageRing {
- public:
-  __device__ StageRing(std::uint32_t barriers, int stages) : barriers_(barriers), stages_(stages) {}
-
-  // Every producer arrives for every stage, also if it has nothing to copy: else it could fall behind unnoticed.
-  static __device__ void Init(std::uint32_t barriers, int producers, int consumers) {
-    for (int stage = 0; stage < kMaxStages; ++stage) {
-      InitBarrier(barriers + stage * 8, producers);
-      InitBarrier(barriers + (kMaxStages + stage) * 8, consumers);
-    }
-    FenceBarrierInit();
-  }
-
-  __device__ int stage() const { return stage_; }
-  __device__ std::uint32_t full() const { return barriers_ + stage_ * 8; }
-  __device__ std::uint32_t empty() const { return full() + kMaxStages * 8; }
-  __device__ bool IsFull() const { return __all_sync(kAllLanes, TestBarrier(full(), phase_)); }
-  __device__ void WaitFull() const { WaitBarrier(full(), phase_); }
-  __device__ void WaitEmpty() const { WaitBarrier(empty(), phase_ ^ 1); }
-  __device__ void Advance() {
-    if (++stage_ == stages_) {
-      stage_ = 0;
-      phase_ ^= 1;
-    }
-  }
-
- private:
-  std::uint32_t barriers_;
-  int stages_;
-  int stage_ = 0;
-  std::uint32_t phase_ = 0;
-};
+using SddmmRing = StageRing<kMaxStages>;
 
 // Shared memory besides the ring.
 struct SddmmShared {
@@ -154,7 +122,7 @@ template <typename Shape>
 __device__ void CopyStages(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, const SddmmShared& shared,
                            std::uint32_t ring_bytes, int warp) {
   if (threadIdx.x % 32 != 0) return;
-  StageRing ring(SharedAddress(shared.barriers), tile.stages);
+  SddmmRing ring(SharedAddress(shared.barriers), tile.stages);
   const int x_panels = tile.x_slabs * Shape::kPanelsPerSlab, panels = tile.slabs() * Shape::kPanelsPerSlab;
   const int x_batch = p.x_shared ? 0 : tile.batch, dy_batch = p.dy_shared ? 0 : tile.batch;
   for (int chunk = tile.rank; chunk < p.chunks; chunk += tile.split) {
@@ -270,7 +238,7 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
     const int slab = __ldg(p.slabs + tile.plan + tile.number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
     shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * kPanel;
   }
-  if (threadIdx.x == 0) StageRing::Init(SharedAddress(shared.barriers), kCopyWarps, kProductWarps);
+  if (threadIdx.x == 0) SddmmRing::Init(SharedAddress(shared.barriers), kMaxStages, kCopyWarps, kProductWarps);
   if (p.f32_output) {
     ZeroInert(p, tile, static_cast<float*>(p.data));
   } else {
@@ -289,10 +257,10 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
   }
   GrowRegisters<kProductRegisters>();
   for (int i = tile.first_block + threadIdx.x * 32; i < tile.last_block; i += kProductWarps * 32 * 32) {
-    PrefetchLine(p.order + tile.plan + i);
-    PrefetchLine(p.places + tile.plan + i);
+    Prefetch(p.order + tile.plan + i);
+    Prefetch(p.places + tile.plan + i);
   }
-  Consumers::Multiply(p, tile, StageRing(SharedAddress(shared.barriers), tile.stages), ring_bytes, warp);
+  Consumers::Multiply(p, tile, SddmmRing(SharedAddress(shared.barriers), tile.stages), ring_bytes, warp);
   const auto sync = [&] {
     if (tile.split > 1) {
       SyncCluster();

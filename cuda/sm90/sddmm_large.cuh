@@ -25,7 +25,7 @@ struct LargeConsumers {
   static_assert(kMostUnits * kSums <= 192, "the registers that are left for the rest");
 
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
-                                                  StageRing ring, std::uint32_t stages, int warp) {
+                                                  SddmmRing ring, std::uint32_t stages, int warp) {
     const int half = warp / 4;
     const int first = kUnit == 64 ? half * ((tile.units + 1) / 2) : 0;
     const int count = kUnit == 128 ? tile.units : half == 0 ? (tile.units + 1) / 2 : tile.units / 2;
@@ -36,7 +36,7 @@ struct LargeConsumers {
   // The number of units must be known to the compiler, so that no product depends on a condition.
   template <int kCount>
   static __device__ __forceinline__ void MultiplyUpTo(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
-                                                      StageRing ring, std::uint32_t stages, int warp, int first,
+                                                      SddmmRing ring, std::uint32_t stages, int warp, int first,
                                                       int count) {
     if constexpr (kCount > 0) {
       if (count < kCount) {
@@ -57,7 +57,7 @@ struct LargeConsumers {
 
   template <int kCount>
   static __device__ __forceinline__ void MultiplyUnits(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
-                                                       StageRing ring, std::uint32_t stages, int warp, int first) {
+                                                       SddmmRing ring, std::uint32_t stages, int warp, int first) {
     const int lane = threadIdx.x % 32, half = warp / 4;
     std::uint64_t x[kCount], dy[kCount];
     float sums[kCount][kSums];

@@ -22,7 +22,7 @@ struct SmallConsumers {
   static_assert(kRingBytes / 16 <= 1 << 16, "an address in a stage fits 16 bits, in pieces of 16 bytes");
 
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
-                                                  StageRing ring, std::uint32_t stages, int warp) {
+                                                  SddmmRing ring, std::uint32_t stages, int warp) {
     const int lane = threadIdx.x % 32;
     const int first = warp * tile.units / kProductWarps, count = (warp + 1) * tile.units / kProductWarps - first;
 

@@ -11,11 +11,12 @@ from types import ModuleType
 from jax_blocksparse import patterns
 from jax_blocksparse._native import Availability, has_cpu, has_cuda
 from jax_blocksparse.advice import Advice, Expectation, advise
+from jax_blocksparse.geometry import BLOCK_SIZES
 from jax_blocksparse.lowering import DISABLED_EXPORT_CHECKS
 from jax_blocksparse.matrix import BlockSparseMatrix
 from jax_blocksparse.mlp import mlp
 from jax_blocksparse.ops import matmul, sddmm
-from jax_blocksparse.pattern import BLOCK_SIZES, BlockPattern
+from jax_blocksparse.pattern import BlockPattern
 
 __version__ = importlib.metadata.version("jax_blocksparse")
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from jax_blocksparse.advice import advise
-from jax_blocksparse.pattern import BLOCK_SIZES
+from jax_blocksparse.geometry import BLOCK_SIZES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,9 +18,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_blocksparse import patterns
+from jax_blocksparse.geometry import check_density, check_geometry
 from jax_blocksparse.matrix import BlockSparseMatrix
 from jax_blocksparse.ops import matmul, sddmm
-from jax_blocksparse.pattern import BlockPattern, check_density, check_geometry
+from jax_blocksparse.pattern import BlockPattern
 
 MEASUREMENTS = "measurements.json"
 """The file beside this module that holds what was measured where; `python -m benchmarks advice FILE` writes it."""

@@ -34,10 +34,15 @@ matmul_act_p.multiple_results = True
 scaled_matmul_p = Primitive("block_sparse_scaled_matmul")
 
 
+def wide_bias(bias, features, dtype):
+    """The bias in float32 or wider, zeros if it is None; for products in `dtype`."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jnp.zeros(features, wide) if bias is None else bias.astype(wide)
+
+
 def bind_act(x, data, bias, *indices, shape, transpose, activation, **params):
     """act(x @ W + bias) for a bias (N,) that all batch elements share, or None."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    bias = jnp.zeros(shape[0 if transpose else 1], wide) if bias is None else bias.astype(wide)
+    bias = wide_bias(bias, shape[0 if transpose else 1], x.dtype)
     params = params | {"shape": shape, "transpose": transpose, "activation": activation, "with_slope": False}
     return bind(matmul_act_p, x, data, bias[None], *indices, **params)[0]
 
@@ -130,12 +135,12 @@ def _scaled_transpose(ct, x, scale, data, *indices, side, transpose, shape, out_
     return results
 
 
-def _batch(primitive, floats, args, dims, **params):
+def _batch(primitive, args, dims, **params):
     """Vmapped axes become part of the leading axis, or more rows of x where all else but its scale is shared."""
     rows = [0, 1] if primitive is scaled_matmul_p else [0]
     many = primitive.multiple_results
     if any(dim is not None for i, dim in enumerate(dims) if i not in rows) or dims[0] is None:
-        (x, *rest), like = fold_batch(args, dims, floats)
+        (x, *rest), like = fold_batch(args, dims, floats=3)
         operands = [jnp.broadcast_to(x, (batch_size(x, *rest), *x.shape[1:])), *rest]
         results = bind(primitive, *operands, **params)
         split = [split_axis(result, 0, like, 0, 2) for result in (results if many else [results])]
@@ -156,10 +161,10 @@ def _batch(primitive, floats, args, dims, **params):
 matmul_act_p.def_impl(functools.partial(xla.apply_primitive, matmul_act_p))
 matmul_act_p.def_abstract_eval(_act_abstract)
 ad.primitive_jvps[matmul_act_p] = _act_jvp
-batching.primitive_batchers[matmul_act_p] = functools.partial(_batch, matmul_act_p, 3)
+batching.primitive_batchers[matmul_act_p] = functools.partial(_batch, matmul_act_p)
 
 scaled_matmul_p.def_impl(functools.partial(xla.apply_primitive, scaled_matmul_p))
 scaled_matmul_p.def_abstract_eval(_scaled_abstract)
 ad.primitive_jvps[scaled_matmul_p] = _scaled_jvp
 ad.primitive_transposes[scaled_matmul_p] = _scaled_transpose
-batching.primitive_batchers[scaled_matmul_p] = functools.partial(_batch, scaled_matmul_p, 3)
+batching.primitive_batchers[scaled_matmul_p] = functools.partial(_batch, scaled_matmul_p)

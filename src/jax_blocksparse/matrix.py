@@ -11,15 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_blocksparse import ops
-from jax_blocksparse.pattern import (
-    BlockPattern,
-    block_grid,
-    check_density,
-    check_geometry,
-    check_is_pattern,
-    is_concrete,
-    same_pattern,
-)
+from jax_blocksparse.geometry import block_grid, check_density, check_geometry
+from jax_blocksparse.pattern import BlockPattern, check_is_pattern, is_concrete, same_pattern
 
 if TYPE_CHECKING:
     import scipy.sparse

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_blocksparse.activations import Activation, check_activation
-from jax_blocksparse.epilogues import bind_act, matmul_act_p, scaled_matmul_p
+from jax_blocksparse.epilogues import bind_act, matmul_act_p, scaled_matmul_p, wide_bias
 from jax_blocksparse.matrix import BlockSparseMatrix
 from jax_blocksparse.ops import (
     Implementation,
@@ -70,11 +70,7 @@ def mlp(
         check_bias("bias_out", bias_out, "w_out", w_out.shape),
     )
     dtype = functools.reduce(jnp.promote_types, (x.dtype, data_in.dtype, data_out.dtype))
-    wide = jnp.promote_types(dtype, jnp.float32)
-    biases = (
-        jnp.zeros(w.shape[1], wide) if bias is None else bias.astype(wide)
-        for bias, w in ((bias_in, w_in), (bias_out, w_out))
-    )
+    biases = wide_bias(bias_in, w_in.shape[1], dtype), wide_bias(bias_out, w_out.shape[1], dtype)
     common = {
         "out_dtype": dtype.name,
         "precision": check_precision(precision),

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import numbers
-import operator
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -13,11 +12,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_blocksparse import plan, sddmm_layout, sddmm_plan
+from jax_blocksparse.geometry import block_grid, check_block_size, check_geometry, is_live
 from jax_blocksparse.plan import PlanLayout, flat_size
 from jax_blocksparse.sddmm_plan import SddmmLayout
-
-BLOCK_SIZES = (8, 16, 32, 64, 128)
-"""The block sizes that the native kernels have."""
 
 INDEX_NAMES = ("rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order", "y_plan", "dx_plan", "dw_plan")
 """The leaves of a BlockPattern."""
@@ -26,36 +23,6 @@ INDEX_NAMES = ("rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order", "
 def is_concrete(*arrays: ArrayLike) -> bool:
     """True if none of the arrays is being traced, so that their values can be looked at."""
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
-
-
-def check_geometry(shape: Sequence[int], block_size: int) -> tuple[tuple[int, int], int]:
-    """Returns shape and block size as plain ints, or raises ValueError naming what is wrong with them."""
-    try:
-        k, n = (operator.index(size) for size in shape)
-    except (TypeError, ValueError):
-        raise ValueError(f"shape must be two integers (in_features, out_features), got {shape!r}") from None
-    if k < 1 or n < 1:
-        raise ValueError(f"shape must have positive sizes, got {(k, n)}")
-    return (k, n), check_block_size(block_size)
-
-
-def check_block_size(block_size: int) -> int:
-    """Returns the block size as a plain int, or raises ValueError."""
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
-    return int(block_size)
-
-
-def check_density(density: float) -> float:
-    """Returns a density that makes sense, or raises ValueError."""
-    if not (isinstance(density, numbers.Real) and 0 < density <= 1):
-        raise ValueError(f"density must be a number in (0, 1], got {density!r}")
-    return float(density)
-
-
-def block_grid(shape: tuple[int, int], block_size: int) -> tuple[int, int]:
-    """(block rows, block columns) that cover a matrix of `shape`."""
-    return -(-shape[0] // block_size), -(-shape[1] // block_size)
 
 
 @jax.tree_util.register_dataclass
@@ -258,7 +225,7 @@ class BlockPattern:
           [[False, True], [False, False]]
         """
         rows, cols = np.asarray(self.rows), np.asarray(self.cols)
-        live = _live(rows, cols, self.grid)
+        live = is_live(rows, cols, self.grid)
         mask = np.zeros(self.grid, dtype=bool)
         mask[rows[live], cols[live]] = True
         return mask
@@ -289,14 +256,9 @@ def same_pattern(a: BlockPattern, b: BlockPattern) -> bool:
     return np.array_equal(a.rows, b.rows) and np.array_equal(a.cols, b.cols)
 
 
-def _live(rows: jax.Array, cols: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Where an entry stands for a block of the grid; the one definition of inert."""
-    return (rows >= 0) & (rows < grid[0]) & (cols >= 0) & (cols < grid[1])
-
-
 def _orders(xp: ModuleType, rows: jax.Array, cols: jax.Array, grid: tuple[int, int]) -> tuple[jax.Array, ...]:
     """(col_ptr, col_order, row_ptr, row_order), by NumPy on the host or jax.numpy under jit."""
-    live = _live(rows, cols, grid)
+    live = is_live(rows, cols, grid)
     rows, cols = xp.where(live, rows, grid[0]), xp.where(live, cols, grid[1])
 
     def walk(outer: jax.Array, inner: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -330,7 +292,7 @@ def _plans(
 
 def _check_positions(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:
     placed = rows != grid[0]
-    outside = placed & ~_live(rows, cols, grid)
+    outside = placed & ~is_live(rows, cols, grid)
     if outside.any():
         z = int(outside.argmax())
         raise ValueError(

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_blocksparse.pattern import BlockPattern, block_grid, check_density, check_geometry, is_concrete
+from jax_blocksparse.geometry import block_grid, check_density, check_geometry
+from jax_blocksparse.pattern import BlockPattern, is_concrete
 
 
 def random(

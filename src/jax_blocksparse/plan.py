@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jax_blocksparse.geometry import block_grid, is_live
+
 CHUNK = 64
 """Input features in a step."""
 
@@ -53,7 +55,7 @@ class PlanLayout:
     @property
     def grid(self) -> tuple[int, int]:
         """Block rows and block columns."""
-        return -(-self.in_features // self.block_size), -(-self.out_features // self.block_size)
+        return block_grid((self.in_features, self.out_features), self.block_size)
 
     @property
     def tiles(self) -> int:
@@ -182,13 +184,14 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: ModuleTy
 
     Example:
       >>> import numpy as np
+
+    from jax_blocksparse.geometry import block_grid, is_live
       >>> layout = PlanLayout(128, 256, block_size=32, nnz=3, tile_features=256, capacity=16)
       >>> plan = make_plan(np.array([3, 0, 2]), np.array([1, 7, 0]), layout, np)
       >>> plan.order.tolist(), plan.tiles.tolist(), plan.steps.tolist()
       ([1, 2, 0], [[0, 0, 2, 0]], [[0, 0, 1, 0], [1, 1, 2, 0]])
     """
-    grid = layout.grid
-    live = (rows >= 0) & (rows < grid[0]) & (cols >= 0) & (cols < grid[1])
+    live = is_live(rows, cols, layout.grid)
     make = _make_packed if layout.packs else _make_by_id
     plan = Plan(*make(rows, cols, live, layout, xp))
     return Plan(*(xp.reshape(array, shape).astype(np.int32) for array, shape in zip(plan, layout.shapes, strict=True)))

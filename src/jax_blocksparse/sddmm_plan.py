@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jax_blocksparse.geometry import block_grid, is_live
 from jax_blocksparse.plan import flatten, sum_at
 
 CAPACITY = {16: 160, 32: 40, 64: 12, 128: 3}
@@ -61,7 +62,7 @@ class SddmmLayout:
     @property
     def grid(self) -> tuple[int, int]:
         """Block rows and block columns."""
-        return -(-self.in_features // self.block_size), -(-self.out_features // self.block_size)
+        return block_grid((self.in_features, self.out_features), self.block_size)
 
     @property
     def units(self) -> tuple[int, int]:
@@ -166,7 +167,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     position = xp.arange(rows.shape[0], dtype=np.int32)
 
     # Units by strip, row and column; blocks of the same unit are neighbours.
-    live = (rows >= 0) & (rows < layout.grid[0]) & (cols >= 0) & (cols < layout.grid[1])
+    live = is_live(rows, cols, layout.grid)
     unit_row, unit_col = rows // ratio, cols // ratio
     key = xp.where(live, (unit_col // width * height + unit_row) * width + unit_col % width, strips * height * width)
     order = xp.argsort(key, stable=True).astype(np.int32)
