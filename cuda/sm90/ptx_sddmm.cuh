@@ -14,6 +14,10 @@ __device__ __forceinline__ void StoreShared8(std::uint32_t to, float first, floa
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(first), "f"(second) : "memory");
 }
 
+__device__ __forceinline__ void StoreShared4(std::uint32_t to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
+
 // Where CTA `rank` of the cluster has what this CTA has at an address in shared memory.
 __device__ __forceinline__ std::uint32_t AddressAt(std::uint32_t address, int rank) {
   std::uint32_t remote;
@@ -55,49 +59,66 @@ __device__ __forceinline__ std::uint64_t MNMajorDescriptor(std::uint32_t address
 
 #define JBS_SUM32                                                           \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define JBS_SUM64                                                                    \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+  JBS_SUM32                                                                          \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define JBS_SUM96                                                                    \
+  JBS_SUM64                                                                          \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define JBS_SUM128                                                                               \
+  JBS_SUM96                                                                                      \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define JBS_INOUT4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define JBS_INOUT16(d, i) JBS_INOUT4(d, i), JBS_INOUT4(d, i + 4), JBS_INOUT4(d, i + 8), JBS_INOUT4(d, i + 12)
-#define JBS_INOUT32(d, i) JBS_INOUT16(d, i), JBS_INOUT16(d, i + 16)
-#define JBS_INOUT64(d, i) JBS_INOUT32(d, i), JBS_INOUT32(d, i + 32)
+#define JBS_INOUT32(d) JBS_INOUT16(d, 0), JBS_INOUT16(d, 16)
+#define JBS_INOUT64(d) JBS_INOUT32(d), JBS_INOUT16(d, 32), JBS_INOUT16(d, 48)
+#define JBS_INOUT96(d) JBS_INOUT64(d), JBS_INOUT16(d, 64), JBS_INOUT16(d, 80)
+#define JBS_INOUT128(d) JBS_INOUT96(d), JBS_INOUT16(d, 96), JBS_INOUT16(d, 112)
 
 // In the instruction: add to the sum, negate neither, both transposed.
-#define JBS_MULTIPLY_MN_MAJOR(n, regs, type, a, b)                                                                    \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " JBS_SUM##regs a ", " b             \
-                                                                                                   ", 1, 1, 1, 1, 1;" \
-               : JBS_INOUT##regs(sum, 0)                                                                              \
+#define JBS_MULTIPLY_MN_MAJOR(n, regs, type, a, b)                                                               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " JBS_SUM##regs "}, " a ", " b  \
+                                                                                                    ", 1, 1, 1, 1, 1;" \
+               : JBS_INOUT##regs(sum)                                                                            \
                : "l"(a_descriptor), "l"(b_descriptor))
 
-template <typename T>
-__device__ __forceinline__ void MultiplyMNMajor(float (&sum)[32], std::uint64_t a_descriptor,
-                                                std::uint64_t b_descriptor) {
-  if constexpr (std::is_same_v<T, __half>) {
+// `sum` has the 64 m times kSums * 2 n of the product, of which it is the first part.
+template <typename T, int kSums>
+__device__ __forceinline__ void MultiplyMNMajor(float* sum, std::uint64_t a_descriptor, std::uint64_t b_descriptor) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kSums == 32 || kSums == 64 || kSums == 96 || kSums == 128, "64 to 256 columns");
+  if constexpr (kSums == 32 && kHalf) {
     JBS_MULTIPLY_MN_MAJOR(64, 32, "f16", "%32", "%33");
-  } else {
+  } else if constexpr (kSums == 32) {
     JBS_MULTIPLY_MN_MAJOR(64, 32, "bf16", "%32", "%33");
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void MultiplyMNMajor(float (&sum)[64], std::uint64_t a_descriptor,
-                                                std::uint64_t b_descriptor) {
-  if constexpr (std::is_same_v<T, __half>) {
+  } else if constexpr (kSums == 64 && kHalf) {
     JBS_MULTIPLY_MN_MAJOR(128, 64, "f16", "%64", "%65");
-  } else {
+  } else if constexpr (kSums == 64) {
     JBS_MULTIPLY_MN_MAJOR(128, 64, "bf16", "%64", "%65");
+  } else if constexpr (kSums == 96 && kHalf) {
+    JBS_MULTIPLY_MN_MAJOR(192, 96, "f16", "%96", "%97");
+  } else if constexpr (kSums == 96) {
+    JBS_MULTIPLY_MN_MAJOR(192, 96, "bf16", "%96", "%97");
+  } else if constexpr (kHalf) {
+    JBS_MULTIPLY_MN_MAJOR(256, 128, "f16", "%128", "%129");
+  } else {
+    JBS_MULTIPLY_MN_MAJOR(256, 128, "bf16", "%128", "%129");
   }
 }
 
 #undef JBS_MULTIPLY_MN_MAJOR
+#undef JBS_INOUT128
+#undef JBS_INOUT96
 #undef JBS_INOUT64
 #undef JBS_INOUT32
 #undef JBS_INOUT16
 #undef JBS_INOUT4
+#undef JBS_SUM128
+#undef JBS_SUM96
 #undef JBS_SUM64
 #undef JBS_SUM32
 

@@ -91,7 +91,7 @@ struct SddmmTile {
     last_block = clamp(next.x, first_block, p.nnz);
     first_unit = clamp(tile.y, 0, p.plan_units);
     units = clamp(next.y, first_unit, min(p.plan_units, first_unit + Shape::kCapacity)) - first_unit;
-    x_slabs = clamp(tile.z, 0, Shape::kMaxSlabs - 1);
+    x_slabs = clamp(tile.z, 0, std::min(Shape::kMaxSlabs - 1, Shape::kCapacity));
     dy_slabs = clamp(tile.w, 0, Shape::kMaxSlabs - x_slabs);
     stages = min(Shape::kStages, kRingBytes / max(1, stage_bytes()));
   }
@@ -151,7 +151,7 @@ __device__ void CopyStages(const SddmmKernelParams& p, const SddmmTile<Shape>& t
 // two neighbours in each of several rows, fall into different banks.
 template <int kUnit>
 __device__ __forceinline__ int SumOffset(int row, int col) {
-  const int line = kUnit == 16 ? row >> 1 & 1 : row & 3;
+  const int line = kUnit == 16 ? row >> 1 & 1 : kUnit == 32 ? row & 3 : row >> 1 & 3;
   return (row * kUnit + (col ^ line << 3)) * 4;
 }
 

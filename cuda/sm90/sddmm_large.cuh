@@ -18,33 +18,36 @@ namespace jax_blocksparse::sm90 {
 template <typename T, int kUnit>
 struct LargeConsumers {
   using Shape = SddmmShape<kUnit, kUnit == 128 ? 64 : 32>;
-  static constexpr int kMostUnits = kUnit == 64 ? Shape::kCapacity / 2 : Shape::kCapacity;  // of a warpgroup
-  static constexpr int kSums = kUnit / 2;                                                   // of a thread, for a unit
+  static constexpr int kMostPanels = kUnit == 64 ? Shape::kCapacity / 2 : Shape::kCapacity * 2;  // of a warpgroup
+  static constexpr int kSums = 32;                                                               // of a thread, for one
+  static constexpr int kMostAtOnce = 4;                                                          // in a product
   static_assert(kUnit == 64 || kUnit == 128);
   static_assert(kProductWarps == 8, "two warpgroups");
-  static_assert(kMostUnits * kSums <= 192, "the registers that are left for the rest");
+  static_assert(kMostPanels * kSums <= 192, "the registers that are left for the rest");
+  static_assert(kMostPanels <= 2 * kMostAtOnce);
 
+  // Each warpgroup has 64 features of dy, the same or one half each, and some panels of x, one half each or the same.
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
-    const int half = warp / 4;
-    const int first = kUnit == 64 ? half * ((tile.units + 1) / 2) : 0;
-    const int count = kUnit == 128 ? tile.units : half == 0 ? (tile.units + 1) / 2 : tile.units / 2;
-    MultiplyUpTo<kMostUnits>(p, tile, ring, stages, warp, first, count);
+    const int half = warp / 4, panels = tile.x_slabs * Shape::kPanelsPerSlab;
+    const int first = kUnit == 64 ? half * ((panels + 1) / 2) : 0;
+    const int count = kUnit == 128 ? panels : half == 0 ? (panels + 1) / 2 : panels / 2;
+    MultiplyUpTo<kMostPanels>(p, tile, ring, stages, warp, first, min(count, kMostPanels));
   }
 
  private:
-  // The number of units must be known to the compiler, so that no product depends on a condition.
+  // The number of panels must be known to the compiler, so that no product depends on a condition.
   template <int kCount>
   static __device__ __forceinline__ void MultiplyUpTo(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                       SddmmRing ring, std::uint32_t stages, int warp, int first,
                                                       int count) {
     if constexpr (kCount > 0) {
       if (count < kCount) {
-        MultiplyUpTo<kCount - 1>(p, tile, ring, stages, warp, first, count);
+        MultiplyUpTo<kCount - Shape::kPanelsPerSlab>(p, tile, ring, stages, warp, first, count);
       } else {
-        MultiplyUnits<kCount>(p, tile, ring, stages, warp, first);
+        MultiplyPanels<kCount>(p, tile, ring, stages, warp, first);
       }
-    } else {  // the only unit is the other warpgroup's
+    } else {  // the only panel is the other warpgroup's
       for (int chunk = tile.Chunks(p); chunk > 0; --chunk) {
         ring.WaitFull();
         __syncwarp();
@@ -56,21 +59,15 @@ struct LargeConsumers {
   }
 
   template <int kCount>
-  static __device__ __forceinline__ void MultiplyUnits(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
-                                                       SddmmRing ring, std::uint32_t stages, int warp, int first) {
+  static __device__ __forceinline__ void MultiplyPanels(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
+                                                        SddmmRing ring, std::uint32_t stages, int warp, int first) {
+    constexpr int kFirst = std::min(kCount, kMostAtOnce), kSecond = kCount - kFirst;
     const int lane = threadIdx.x % 32, half = warp / 4;
-    std::uint64_t x[kCount], dy[kCount];
-    float sums[kCount][kSums];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      int2 slot = tile.Slot(p, first + i);
-      slot = {__shfl_sync(kAllLanes, slot.x, 0), __shfl_sync(kAllLanes, slot.y, 0)};
-      const int panel = kUnit == 128 ? half * Shape::kPanelBytes : 0;  // this warpgroup's 64 features of x
-      x[i] = MNMajorDescriptor(stages + slot.x * Shape::kSlabBytes + panel, 0);
-      dy[i] = MNMajorDescriptor(stages + slot.y * Shape::kSlabBytes, Shape::kPanelBytes);
-#pragma unroll
-      for (float& sum : sums[i]) sum = 0.f;
-    }
+    const std::uint64_t x = MNMajorDescriptor(stages + first * Shape::kPanelBytes, Shape::kPanelBytes);
+    const int dy_panel = kUnit == 128 ? half : 0;
+    const std::uint64_t dy =
+        MNMajorDescriptor(stages + tile.x_slabs * Shape::kSlabBytes + dy_panel * Shape::kPanelBytes, 0);
+    float sums[kCount * kSums] = {};
 
     const std::uint32_t stage_step = tile.stage_bytes() >> 4;
     std::uint32_t held = 0;  // the barrier of the stage that products under way still read, if any
@@ -86,10 +83,12 @@ struct LargeConsumers {
       KeepRegisters(sums);
       FenceProducts();
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-        for (int k = 0; k < Shape::kTokens / 16; ++k) {
-          MultiplyMNMajor<T>(sums[i], x[i] + stage + k * kDepthStepMNMajor, dy[i] + stage + k * kDepthStepMNMajor);
+      for (int k = 0; k < Shape::kTokens / 16; ++k) {
+        const std::uint32_t step = stage + k * kDepthStepMNMajor;
+        MultiplyMNMajor<T, kFirst * kSums>(sums, dy + step, x + step);
+        if constexpr (kSecond > 0) {
+          constexpr std::uint32_t kNext = kFirst * Shape::kPanelBytes >> 4;
+          MultiplyMNMajor<T, kSecond * kSums>(sums + kFirst * kSums, dy + step, x + step + kNext);
         }
       }
       CommitProducts();
@@ -105,16 +104,20 @@ struct LargeConsumers {
     KeepRegisters(sums);
 
     SyncThreads(1, kProductWarps * 32);  // nobody reads the stages any more
+    // The sums are those of dy^T x: a thread has neighbours in a column of the unit.
+    const int col = dy_panel * kPanel + warp % 4 * 16 + lane / 4;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const std::uint32_t unit = stages + (first + i) * (kUnit * kUnit * 4);
-      const int row = (kUnit == 128 ? half * 64 : 0) + warp % 4 * 16 + lane / 4;
+      const int panel = first + i;
+      const std::uint32_t unit = stages + panel / Shape::kPanelsPerSlab * (kUnit * kUnit * 4);
 #pragma unroll
       for (int n = 0; n < kSums / 4; ++n) {
-        const int col = n * 8 + lane % 4 * 2;
-        const float* sum = sums[i] + n * 4;
-        StoreShared8(unit + SumOffset<kUnit>(row, col), sum[0], sum[1]);
-        StoreShared8(unit + SumOffset<kUnit>(row + 8, col), sum[2], sum[3]);
+        const int row = panel % Shape::kPanelsPerSlab * kPanel + n * 8 + lane % 4 * 2;
+        const float* sum = sums + i * kSums + n * 4;
+        StoreShared4(unit + SumOffset<kUnit>(row, col), sum[0]);
+        StoreShared4(unit + SumOffset<kUnit>(row + 1, col), sum[1]);
+        StoreShared4(unit + SumOffset<kUnit>(row, col + 8), sum[2]);
+        StoreShared4(unit + SumOffset<kUnit>(row + 1, col + 8), sum[3]);
       }
     }
   }

@@ -19,7 +19,7 @@ from jax_blocksparse.plan import flatten, sum_at
 
 CAPACITY = {16: 160, 32: 40, 64: 12, 128: 3}
 """By unit: the number that a tile can have. As in sddmm.h."""
-MAX_SLABS = {16: 28, 32: 28, 64: 28, 128: 7}
+MAX_SLABS = {16: 28, 32: 28, 64: 13, 128: 4}
 """By unit: the number of slabs that a tile can need. As in sddmm.h."""
 
 
