@@ -40,8 +40,9 @@ struct SddmmKernelParams {
   std::int64_t plan_batch_stride;
   int plan_tiles, plan_units;
   int split;
+  bool paired;  // clusters of two tiles, which share copies of dy where they can
   int nnz;
-  int block;
+  int block_bits;  // log2 of the block size
   int ratio_bits;  // log2 of the blocks along a unit's side
   int chunks;      // of tokens
   bool x_shared, dy_shared;
@@ -74,38 +75,63 @@ struct SddmmTile {
   int first_block, last_block;
   int first_unit, units;
   int x_slabs, dy_slabs;
+  int x_room;  // slabs of x that a stage has room for
   int rank, split;
+  bool shares_dy;  // with the other CTA of a pair
   int stages;
 
   __device__ explicit SddmmTile(const SddmmKernelParams& p) {
-    const int cluster = blockIdx.x / p.split;
-    rank = blockIdx.x % p.split;
+    const int tiles = p.paired ? p.plan_tiles + p.plan_tiles % 2 : p.plan_tiles, cluster = blockIdx.x / p.split;
     split = p.split;
-    batch = cluster / p.plan_tiles;
+    batch = cluster / tiles;
     plan = batch * p.plan_batch_stride;
-    number = cluster % p.plan_tiles;
-    const int4* entry = p.tiles + plan / 4 + number;
-    const int4 tile = __ldg(entry), next = __ldg(entry + 1);
-    const auto clamp = [](int value, int least, int most) { return max(least, min(value, most)); };
-    first_block = clamp(tile.x, 0, p.nnz);
-    last_block = clamp(next.x, first_block, p.nnz);
-    first_unit = clamp(tile.y, 0, p.plan_units);
-    units = clamp(next.y, first_unit, min(p.plan_units, first_unit + Shape::kCapacity)) - first_unit;
-    x_slabs = clamp(tile.z, 0, std::min(Shape::kMaxSlabs - 1, Shape::kCapacity));
-    dy_slabs = clamp(tile.w, 0, Shape::kMaxSlabs - x_slabs);
+    number = cluster % tiles;
+    rank = p.paired ? 0 : blockIdx.x % p.split;
+    const int4 tile = Entry(p, number), next = Entry(p, number + 1);
+    first_block = Clamp(tile.x, 0, p.nnz);
+    last_block = Clamp(next.x, first_block, p.nnz);
+    first_unit = Clamp(tile.y, 0, p.plan_units);
+    units = Units(p, tile, next);
+    x_slabs = XSlabs(tile);
+    const int all_dy_slabs = tile.z >> 8 & 0xff;
+    dy_slabs = min(all_dy_slabs, Shape::kMaxSlabs - x_slabs);
+    x_room = x_slabs;
+    shares_dy = false;
+    if (p.paired) {  // whatever the plan holds, both CTAs come to the same conclusion
+      const int4 other = Entry(p, number ^ 1);
+      const int other_units = Units(p, other, Entry(p, (number ^ 1) + 1));
+      x_room = max(x_slabs, XSlabs(other));
+      shares_dy = tile.w == other.w && tile.z >> 8 == other.z >> 8 && min(x_slabs, XSlabs(other)) > 0 &&
+                  min(units, other_units) > 0 && all_dy_slabs > 0 && x_room + all_dy_slabs <= Shape::kMaxSlabs;
+      if (!shares_dy) x_room = x_slabs;
+    }
     stages = min(Shape::kStages, kRingBytes / max(1, stage_bytes()));
   }
 
   __device__ bool IsEmpty() const { return units == 0 || x_slabs == 0 || dy_slabs == 0; }
   __device__ int slabs() const { return x_slabs + dy_slabs; }
-  __device__ int stage_bytes() const { return slabs() * Shape::kSlabBytes; }
+  __device__ int stage_bytes() const { return (x_room + dy_slabs) * Shape::kSlabBytes; }
   __device__ int Chunks(const SddmmKernelParams& p) const { return (p.chunks - rank + split - 1) / split; }
 
   // Where a unit's x and dy lie in a stage, in units; each is below the number of units in the slabs.
   __device__ int2 Slot(const SddmmKernelParams& p, int unit) const {
     const auto word = static_cast<std::uint32_t>(__ldg(p.slots + plan + first_unit + unit));
     const std::uint32_t most = slabs() * (Shape::kSlab / Shape::kUnit) - 1;
-    return {static_cast<int>(min(word & 0xffff, most)), static_cast<int>(min(word >> 16, most))};
+    const std::uint32_t shift = (x_room - x_slabs) * (Shape::kSlab / Shape::kUnit);
+    return {static_cast<int>(min(word & 0xffff, most)), static_cast<int>(min(word >> 16, most) + shift)};
+  }
+
+ private:
+  static __device__ int Clamp(int value, int least, int most) { return max(least, min(value, most)); }
+  __device__ int4 Entry(const SddmmKernelParams& p, int tile) const {
+    return __ldg(p.tiles + plan / 4 + min(tile, p.plan_tiles));
+  }
+  static __device__ int Units(const SddmmKernelParams& p, const int4& tile, const int4& next) {
+    const int first = Clamp(tile.y, 0, p.plan_units);
+    return Clamp(next.y, first, min(p.plan_units, first + Shape::kCapacity)) - first;
+  }
+  static __device__ int XSlabs(const int4& tile) {
+    return Clamp(tile.z & 0xff, 0, std::min(Shape::kMaxSlabs - 1, Shape::kCapacity));
   }
 };
 
@@ -116,6 +142,14 @@ struct SddmmShared {
   std::uint64_t barriers[2 * kMaxStages];
   int features[kMaxPanels];  // the first feature of each panel of a stage
 };
+
+// Tells those who copy that this warp no longer reads a stage.
+template <typename Shape>
+__device__ __forceinline__ void HandBack(const SddmmTile<Shape>& tile, std::uint32_t empty) {
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) Arrive(empty);
+  if (lane == 1 && tile.shares_dy) ArriveAt(empty, tile.number % 2 ^ 1);
+}
 
 // One of the kCopyWarps warps copies its share of every stage.
 template <typename Shape>
@@ -130,7 +164,7 @@ __device__ void CopyStages(const SddmmKernelParams& p, const SddmmTile<Shape>& t
     const int token = chunk * Shape::kTokens;
     ring.WaitEmpty();
     if (warp == 0) {
-      ArriveExpecting(ring.full(), tile.stage_bytes());
+      ArriveExpecting(ring.full(), tile.slabs() * Shape::kSlabBytes);
     } else {
       Arrive(ring.full());
     }
@@ -138,8 +172,15 @@ __device__ void CopyStages(const SddmmKernelParams& p, const SddmmTile<Shape>& t
     for (; panel < x_panels; panel += kCopyWarps) {
       LoadTensor(to + panel * Shape::kPanelBytes, &p.x, shared.features[panel], token, x_batch, ring.full());
     }
+    const std::uint32_t to_dy = to + (tile.x_room - tile.x_slabs) * Shape::kSlabBytes;
     for (; panel < panels; panel += kCopyWarps) {
-      LoadTensor(to + panel * Shape::kPanelBytes, &p.dy, shared.features[panel], token, dy_batch, ring.full());
+      const std::uint32_t at = to_dy + panel * Shape::kPanelBytes;
+      const int feature = shared.features[panel];
+      if (!tile.shares_dy) {
+        LoadTensor(at, &p.dy, feature, token, dy_batch, ring.full());
+      } else if ((panel - x_panels + chunk) % 2 == tile.number % 2) {  // the CTAs take turns
+        LoadTensorMulticast(at, &p.dy, feature, token, dy_batch, ring.full(), 0b11);
+      }
     }
     ring.Advance();
   }
@@ -166,46 +207,58 @@ __device__ __forceinline__ void StoreEight(float* to, const float4& low, const f
 }
 
 // Adds up, in the order of ranks, what the CTAs of the cluster have for this CTA's share of the tile's blocks, and
-// writes them. A warp has every kProductWarps-th block of the share.
-template <typename Shape, typename Out>
-__device__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, std::uint32_t sums, Out* data,
-                            int warp) {
-  constexpr int kUnitBytes = Shape::kUnit * Shape::kUnit * 4;
-  const int lane = threadIdx.x % 32;
-  const int eights = p.block / 8, area = p.block * p.block;
-  data += static_cast<std::int64_t>(tile.batch) * p.nnz * area;
-  const int stride = tile.split * kProductWarps;
-  for (int first = tile.first_block + warp * tile.split + tile.rank; first < tile.last_block; first += 32 * stride) {
-    int id = -1;
-    std::uint32_t place = 0;
-    if (const std::int64_t mine = first + std::int64_t{lane} * stride; mine < tile.last_block) {
-      id = __ldg(p.order + tile.plan + mine);
-      place = static_cast<std::uint32_t>(__ldg(p.places + tile.plan + mine));
+// writes them. All product warps work on all blocks, eight neighbouring elements a lane; what several of them need from
+// memory is asked for at once.
+template <typename Shape, int kSplit, typename Out>
+__device__ __forceinline__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
+                                            std::uint32_t sums, Out* data) {
+  constexpr int kUnitBytes = Shape::kUnit * Shape::kUnit * 4, kThreads = kProductWarps * 32;
+  constexpr int kAtOnce = kSplit == 4 ? 2 : 4;
+  const int row_bits = p.block_bits - 3, item_bits = p.block_bits + row_bits;  // items of a row and of a block
+  const int blocks = (tile.last_block - tile.first_block - tile.rank + kSplit - 1) / kSplit;
+  const int items = blocks << item_bits, ratio = (1 << p.ratio_bits) - 1;
+  data += static_cast<std::int64_t>(tile.batch) * p.nnz << item_bits + 3;
+  for (int first = threadIdx.x; first < items; first += kAtOnce * kThreads) {
+    int block[kAtOnce];
+    std::uint32_t where[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int item = first + i * kThreads;
+      const std::int64_t at = tile.plan + tile.first_block + tile.rank + (item >> item_bits) * kSplit;
+      block[i] = item < items ? __ldg(p.order + at) : -1;
+      where[i] = item < items ? static_cast<std::uint32_t>(__ldg(p.places + at)) : 0;
     }
-    for (int i = 0; i < 32 && first + std::int64_t{i} * stride < tile.last_block; ++i) {
-      const int block = __shfl_sync(kAllLanes, id, i);
-      const std::uint32_t where = __shfl_sync(kAllLanes, place, i);
-      if (block < 0 || block >= p.nnz) continue;
-      const int unit = min(static_cast<int>(where & 0xff), Shape::kCapacity - 1), ratio = (1 << p.ratio_bits) - 1;
-      const int first_row = (where >> 8 & ratio) * p.block, first_col = (where >> 12 & ratio) * p.block;
-      const int rows = (where >> 16 & 31) * 8, col_eights = where >> 21 & 31;
-      for (int item = lane; item < area / 8; item += 32) {
-        const int row = item / eights, eight = item % eights;
-        const std::uint32_t address =
-            sums + unit * kUnitBytes + SumOffset<Shape::kUnit>(first_row + row, first_col + eight * 8);
-        float4 low{}, high{};
-        if (row < rows && eight < col_eights) {
-          for (int rank = 0; rank < tile.split; ++rank) {
-            const bool mine = rank == tile.rank;
-            const std::uint32_t from = mine ? address : AddressAt(address, rank);
-            const float4 l = mine ? LoadShared16(from) : LoadCluster16(from);
-            const float4 h = mine ? LoadShared16(from + 16) : LoadCluster16(from + 16);
-            low = {low.x + l.x, low.y + l.y, low.z + l.z, low.w + l.w};
-            high = {high.x + h.x, high.y + h.y, high.z + h.z, high.w + h.w};
-          }
-        }
-        StoreEight(data + static_cast<std::int64_t>(block) * area + item * 8, low, high);
+    float4 low[kAtOnce][kSplit], high[kAtOnce][kSplit];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int item = first + i * kThreads & (1 << item_bits) - 1;
+      const int row = item >> row_bits, eight = item & (1 << row_bits) - 1;
+      const bool exists = row < (where[i] >> 16 & 31) * 8 && eight < (where[i] >> 21 & 31);
+      const int unit = min(static_cast<int>(where[i] & 0xff), Shape::kCapacity - 1);
+      const int unit_row = (where[i] >> 8 & ratio) << p.block_bits | row;
+      const int unit_col = (where[i] >> 12 & ratio) << p.block_bits | eight * 8;
+      const std::uint32_t address = sums + unit * kUnitBytes + SumOffset<Shape::kUnit>(unit_row, unit_col);
+#pragma unroll
+      for (int rank = 0; rank < kSplit; ++rank) {
+        low[i][rank] = high[i][rank] = float4{};
+        if (!exists) continue;
+        const std::uint32_t from = kSplit == 1 ? address : AddressAt(address, rank);
+        low[i][rank] = kSplit == 1 ? LoadShared16(from) : LoadCluster16(from);
+        high[i][rank] = kSplit == 1 ? LoadShared16(from + 16) : LoadCluster16(from + 16);
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (block[i] < 0 || block[i] >= p.nnz) continue;
+      float4 l = low[i][0], h = high[i][0];
+#pragma unroll
+      for (int rank = 1; rank < kSplit; ++rank) {
+        const float4 &more_l = low[i][rank], &more_h = high[i][rank];
+        l = {l.x + more_l.x, l.y + more_l.y, l.z + more_l.z, l.w + more_l.w};
+        h = {h.x + more_h.x, h.y + more_h.y, h.z + more_h.z, h.w + more_h.w};
+      }
+      const int item = first + i * kThreads & (1 << item_bits) - 1;
+      StoreEight(data + ((static_cast<std::int64_t>(block[i]) << item_bits | item) << 3), l, h);
     }
   }
 }
@@ -214,7 +267,7 @@ __device__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& 
 template <typename Shape, typename Out>
 __device__ void ZeroInert(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, Out* data) {
   const int live = max(0, __ldg(&p.tiles[tile.plan / 4 + p.plan_tiles].x));
-  const int area = p.block * p.block, ctas = p.plan_tiles * p.split;
+  const int area = 1 << 2 * p.block_bits, ctas = p.plan_tiles * p.split;
   for (std::int64_t i = std::int64_t{live} + tile.number * p.split + tile.rank; i < p.nnz; i += ctas) {
     const int block = __ldg(p.order + tile.plan + i);
     if (block < 0 || block >= p.nnz) continue;
@@ -238,7 +291,9 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
     const int slab = __ldg(p.slabs + tile.plan + tile.number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
     shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * kPanel;
   }
-  if (threadIdx.x == 0) SddmmRing::Init(SharedAddress(shared.barriers), kMaxStages, kCopyWarps, kProductWarps);
+  if (threadIdx.x == 0) {
+    SddmmRing::Init(SharedAddress(shared.barriers), kMaxStages, kCopyWarps, kProductWarps * (tile.shares_dy ? 2 : 1));
+  }
   if (p.f32_output) {
     ZeroInert(p, tile, static_cast<float*>(p.data));
   } else {
@@ -248,7 +303,11 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
 
   const std::uint32_t ring_bytes = (SharedAddress(dynamic) + kAlignment - 1) & ~(kAlignment - 1);
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
-  __syncthreads();
+  if (tile.shares_dy) {
+    SyncCluster();
+  } else {
+    __syncthreads();
+  }
 
   if (warp >= kProductWarps) {
     ShrinkRegisters<kCopyRegisters>();
@@ -269,12 +328,21 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
     }
   };
   sync();
+  const auto store = [&](auto* data) {
+    if (tile.split == 1) {
+      StoreBlocks<Shape, 1>(p, tile, ring_bytes, data);
+    } else if (tile.split == 2) {
+      StoreBlocks<Shape, 2>(p, tile, ring_bytes, data);
+    } else {
+      StoreBlocks<Shape, 4>(p, tile, ring_bytes, data);
+    }
+  };
   if (p.f32_output) {
-    StoreBlocks<Shape>(p, tile, ring_bytes, static_cast<float*>(p.data), warp);
+    store(static_cast<float*>(p.data));
   } else {
-    StoreBlocks<Shape>(p, tile, ring_bytes, static_cast<T*>(p.data), warp);
+    store(static_cast<T*>(p.data));
   }
-  if (tile.split > 1) SyncCluster();  // a CTA must not leave while another one reads its sums
+  if (tile.split > 1 || tile.shares_dy) SyncCluster();  // none leaves while another reads its sums or signals to it
 }
 
 constexpr int Log2(int value) { return value <= 1 ? 0 : 1 + Log2(value / 2); }
@@ -301,8 +369,9 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.plan_tiles = params.plan_tiles;
   p.plan_units = params.plan_units;
   p.split = params.split;
+  p.paired = params.split == 1;
   p.nnz = params.nnz;
-  p.block = params.block;
+  p.block_bits = Log2(params.block);
   p.ratio_bits = Log2(params.unit / params.block);
   p.chunks = static_cast<int>(CeilDiv(params.tokens, Shape::kTokens));
   p.x_shared = params.x_batch == 1;
@@ -310,11 +379,12 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.f32_output = params.f32_output;
 
   if (error = AllowSharedMemory<kKernel>(kSharedBytes); error != cudaSuccess) return error;
-  const std::int64_t ctas = params.batch * params.plan_tiles * params.split;
+  const std::int64_t tiles = p.paired ? CeilDiv(params.plan_tiles, 2) * 2 : params.plan_tiles;
+  const std::int64_t ctas = params.batch * tiles * params.split;
   if (ctas > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(params.split), 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(p.paired ? 2 : params.split), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(ctas);
   config.blockDim = kSddmmThreads;

@@ -51,7 +51,7 @@ struct LargeConsumers {
       for (int chunk = tile.Chunks(p); chunk > 0; --chunk) {
         ring.WaitFull();
         __syncwarp();
-        if (threadIdx.x % 32 == 0) Arrive(ring.empty());
+        HandBack(tile, ring.empty());
         ring.Advance();
       }
       SyncThreads(1, kProductWarps * 32);
@@ -66,7 +66,7 @@ struct LargeConsumers {
     const std::uint64_t x = MNMajorDescriptor(stages + first * Shape::kPanelBytes, Shape::kPanelBytes);
     const int dy_panel = kUnit == 128 ? half : 0;
     const std::uint64_t dy =
-        MNMajorDescriptor(stages + tile.x_slabs * Shape::kSlabBytes + dy_panel * Shape::kPanelBytes, 0);
+        MNMajorDescriptor(stages + tile.x_room * Shape::kSlabBytes + dy_panel * Shape::kPanelBytes, 0);
     float sums[kCount * kSums] = {};
 
     const std::uint32_t stage_step = tile.stage_bytes() >> 4;
@@ -75,7 +75,7 @@ struct LargeConsumers {
       if (held != 0 && !ring.IsFull()) {  // a stage is not held while waiting for copies
         WaitForProducts<0>();
         KeepRegisters(sums);
-        if (lane == 0) Arrive(held);
+        HandBack(tile, held);
         held = 0;
       }
       ring.WaitFull();
@@ -94,7 +94,7 @@ struct LargeConsumers {
       CommitProducts();
       if (held != 0) {
         WaitForProducts<1>();
-        if (lane == 0) Arrive(held);
+        HandBack(tile, held);
       }
       KeepRegisters(sums);
       held = ring.empty();

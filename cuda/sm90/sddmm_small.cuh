@@ -82,7 +82,7 @@ struct SmallConsumers {
         }
       }
       __syncwarp();
-      if (lane == 0) Arrive(ring.empty());
+      HandBack(tile, ring.empty());
       ring.Advance();
     }
 

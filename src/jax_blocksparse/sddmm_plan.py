@@ -126,8 +126,9 @@ class SddmmPlan(NamedTuple):
     """The lists, all int32.
 
     Attributes:
-      tiles: (tiles + 1, 4); per tile its first position in `order`, its first in `slots`, and its numbers of slabs of x
-        and of dy. Where a tile ends, the next one begins; the last entry is the end of the last tile.
+      tiles: (tiles + 1, 4); per tile its first position in `order`, its first in `slots`, its numbers of slabs of x
+        (bits 0 to 7) and of dy (8 to 15) and its strip (16 up), and the slabs of dy as a set of bits. Where a tile
+        ends, the next one begins; the last entry is the end of the last tile.
       slabs: (tiles, max_slabs), numbers of slabs, those of x first.
       slots: (max_units,); per unit, those of a tile together and in rows of units: bits 0 to 15 and 16 to 31 say where
         its x and its dy lie in the tile's slabs, in units (position in `slabs` * units of a slab + unit in the slab).
@@ -224,8 +225,10 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     slots = _put(xp, xp.where(live, number, layout.max_units), x_place | dy_place << 16, layout.max_units)
     first = xp.searchsorted(tile, xp.arange(layout.tiles + 1))
     first_unit = xp.concatenate([xp.zeros(1, number.dtype), xp.cumsum(new_unit)])[first]
-    slab_counts = (xp.pad(count, (0, 1)) for count in (x_slabs, used.sum(1)))
-    tiles = xp.stack([first, first_unit, *slab_counts], -1)
+    first_strip = xp.concatenate([strip, xp.zeros(1, strip.dtype)])[first]
+    x_slabs, dy_slabs = (xp.pad(count, (0, 1)) for count in (x_slabs, used.sum(1)))
+    dy_set = xp.pad((used << xp.arange(slabs_of_strip)).sum(1), (0, 1))
+    tiles = xp.stack([first, first_unit, x_slabs | dy_slabs << 8 | first_strip << 16, dy_set], -1)
 
     eights = layout.block_size // 8
     rows_left = xp.minimum(eights, layout.in_features // 8 - rows * eights)
