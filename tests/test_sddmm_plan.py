@@ -20,6 +20,7 @@ def make_case(block, unit, shape, density, strip=256, target=3, whole_rows=False
     inert = [(-1, 0), (0, -3), (grid[0], 0), (0, grid[1]), (2**20, 2**20)]
     rows, cols = np.concatenate([np.stack([rows, cols]), np.array(inert).T], axis=1)
     shuffle = rng.permutation(rows.size)
+    strip = unit if unit >= 64 else strip
     layout = SddmmLayout(*shape, block, rows.size, unit, strip, target, 1, whole_rows)
     return rows[shuffle].astype(np.int32), cols[shuffle].astype(np.int32), layout
 
@@ -28,7 +29,8 @@ def read(plan, layout):
     """(block row, block column, id) of every block that is stored, checking what the kernels rely on."""
     b, per_slab = layout.block_size, layout.slab // layout.unit
     found = []
-    for tile, (first, first_unit, x_slabs, dy_slabs) in enumerate(plan.tiles[:-1]):
+    for tile, (first, first_unit, counts, dy_set) in enumerate(plan.tiles[:-1]):
+        x_slabs, dy_slabs, strip = counts & 255, counts >> 8 & 255, counts >> 16
         last, last_unit = plan.tiles[tile + 1, :2]
         units = last_unit - first_unit
         if units == 0:
@@ -39,7 +41,14 @@ def read(plan, layout):
         assert 1 <= dy_slabs <= layout.max_slabs - x_slabs
         slabs = plan.slabs[tile]
         assert len(set(slabs[:x_slabs])) == x_slabs
-        assert len(set(slabs[x_slabs : x_slabs + dy_slabs])) == dy_slabs
+        in_strip = [place for place in range(layout.strip // layout.slab) if dy_set >> place & 1]
+        first_slab = strip * (layout.strip // layout.slab)
+        assert slabs[x_slabs : x_slabs + dy_slabs].tolist() == [first_slab + place for place in in_strip]
+        if layout.unit >= 64:  # the kernels do not look into slots
+            assert units == x_slabs
+            assert dy_slabs == 1
+            x_of_units = plan.slots[first_unit:last_unit] & 0xFFFF
+            assert x_of_units.tolist() == list(range(units))
         stored = set()
         for position in range(first, last):
             place = plan.places[position]
@@ -104,7 +113,7 @@ def test_order_is_a_permutation_with_inert_blocks_last():
 def test_tiles_are_even(whole_rows):
     rows, cols, layout = make_case(16, 16, (4096, 1024), 0.2, strip=512, target=32, whole_rows=whole_rows)
     plan = make_plan(rows, cols, layout, np)
-    units, slabs = np.diff(plan.tiles[:, 1]), plan.tiles[:-1, 2:].sum(1)
+    units, slabs = np.diff(plan.tiles[:, 1]), (plan.tiles[:-1, 2] & 255) + (plan.tiles[:-1, 2] >> 8 & 255)
     units, slabs = units[units > 0], slabs[units > 0]
     assert units.size == 32
     assert units.max() <= (1.25 if whole_rows else 1.02) * units.mean()
@@ -117,6 +126,7 @@ def test_chosen_layout_is_bounded_by_the_number_of_blocks(block, density):
     nnz = max(1, round(4096 * 1024 * density / block**2))
     layout = choose_layout(4096, 1024, block, nnz)
     assert layout.unit % block == 0
+    assert layout.unit < 64 or layout.strip == layout.unit
     assert flat_size(layout) <= 64 * nnz + 40 * layout.strips
 
 

@@ -2,7 +2,8 @@
 //
 // Everything that depends on the pattern comes as plan arrays (src/jax_blocksparse/sddmm_plan.py makes and describes
 // them). The kernels compute units: squares of features that are a block or hold several. A tile is some units and the
-// slabs of x and dy that they need. No content of the plan arrays can lead outside a buffer.
+// slabs of x and dy that they need; units of 64 and 128 share one slab of dy and lie in the order of their slabs of x.
+// No content of the plan arrays can lead outside a buffer, or make CTAs wait for each other in vain.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -37,7 +38,7 @@ struct SddmmParams {
   std::int32_t unit;        // 16 to 128, a multiple of the block
   std::int32_t plan_tiles;  // tiles that the plan has room for
   std::int32_t plan_units;  // units that it has room for
-  std::int32_t split;       // CTAs that share a tile: 1, 2 or 4
+  std::int32_t split;       // CTAs that share a tile's tokens: 1, 2 or 4
   ElementType type;         // of x and dy: kBF16 or kF16
   bool f32_output;          // data is float, else it has the element type
 };

@@ -23,6 +23,9 @@ static_assert(kProductRegisters * kProductWarps + kCopyRegisters * kCopyWarps <=
               65536 / kSddmmThreads / 8 * 8 * (kProductWarps + kCopyWarps));
 static_assert(kProductWarps % 4 == 0 && kCopyWarps % 4 == 0, "whole warpgroups hand over registers");
 constexpr int kMaxStages = 12;
+// With fewer units than that, a tile is one unit: what a pair would save is less than what waiting for each other
+// costs.
+constexpr int kLeastPairedUnits = 132;
 constexpr int kRingBytes = 224 * 1024;
 constexpr int kAlignment = 1024;  // of what tensor copies with this swizzle touch
 constexpr int kSharedBytes = kRingBytes + kAlignment;
@@ -71,7 +74,7 @@ template <typename Shape>
 struct SddmmTile {
   int batch;
   std::int64_t plan;  // where the plan begins, in integers
-  int number;         // of the tile in the plan
+  int number;         // of the tile in the plan; the last of a pair can lie beyond, and is empty
   int first_block, last_block;
   int first_unit, units;
   int x_slabs, dy_slabs;
@@ -288,7 +291,8 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
   const SddmmTile<Shape> tile(p);
   if (threadIdx.x < 2) PrefetchTensorMap(threadIdx.x == 0 ? &p.x : &p.dy);
   if (const int panel = threadIdx.x; panel < Shape::kMaxSlabs * Shape::kPanelsPerSlab) {
-    const int slab = __ldg(p.slabs + tile.plan + tile.number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
+    const int number = min(tile.number, p.plan_tiles - 1);
+    const int slab = __ldg(p.slabs + tile.plan + number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
     shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * kPanel;
   }
   if (threadIdx.x == 0) {
@@ -369,7 +373,7 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.plan_tiles = params.plan_tiles;
   p.plan_units = params.plan_units;
   p.split = params.split;
-  p.paired = params.split == 1;
+  p.paired = params.split == 1 && params.plan_units > kLeastPairedUnits;
   p.nnz = params.nnz;
   p.block_bits = Log2(params.block);
   p.ratio_bits = Log2(params.unit / params.block);

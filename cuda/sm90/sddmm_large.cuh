@@ -1,14 +1,15 @@
 // The blocks of x^T dy on Hopper by warpgroup products, for units of 64 and 128.
 //
-// A CTA has a tile of units, 12 of 64 or 3 of 128, and keeps their sums in registers for all tokens. Four warps copy,
-// for each chunk of tokens, the slabs of x and dy that the tile's units need into a ring of stages; each of two
-// warpgroups multiplies half of the units (of 64), or one half of each unit (of 128), straight from shared memory:
-// both operands are stored token by token, "MN-major", and a slab serves every unit of its row or column. All CTAs
-// pass through the tokens at about the same pace, so that memory is read once for a wave of CTAs. With few tiles, a
-// cluster of two or four shares one: each CTA takes its part of the chunks, and the sums are added at the end, in a
-// fixed order, out of each other's shared memory. Units of 128 also serve smaller blocks where most of a unit's blocks
-// are present: all is computed, and what exists is stored. What bounds it: filling shared memory from L2; the tensor
-// cores for full units of 128; reading x and dy from memory at low density.
+// A CTA has a tile of units, 12 of 64 or 3 of 128, in one column of units, and keeps their sums in registers for all
+// tokens. Four warps copy, for each chunk of tokens, the slabs of x and the slab of dy into a ring of stages; two
+// warpgroups multiply straight from shared memory, where both operands are stored token by token, "MN-major". They
+// compute dy^T x: 64 features of dy meet up to 256 of x in one instruction, which reads dy once for four panels of x;
+// shared memory could not feed narrower products and be filled at the same time. Two CTAs with the same slab of dy copy
+// it once for both. All CTAs pass through the tokens at about the same pace, so that memory is read once for a wave of
+// CTAs. With few tiles, a cluster of two or four shares one: each CTA takes its part of the chunks, and the sums are
+// added at the end, in a fixed order, out of each other's shared memory. Units of 128 also serve smaller blocks where
+// most of a unit's blocks are present: all is computed, and what exists is stored. What bounds it: the tensor cores and
+// filling shared memory from L2, about equally; reading x and dy from memory at low density.
 #pragma once
 
 #include "sddmm_common.cuh"
@@ -26,7 +27,8 @@ struct LargeConsumers {
   static_assert(kMostPanels * kSums <= 192, "the registers that are left for the rest");
   static_assert(kMostPanels <= 2 * kMostAtOnce);
 
-  // Each warpgroup has 64 features of dy, the same or one half each, and some panels of x, one half each or the same.
+  // Units of 64: both warpgroups have the panel of dy, and half of the panels of x each. Units of 128: each has a panel
+  // of dy, and all of x.
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
     const int half = warp / 4, panels = tile.x_slabs * Shape::kPanelsPerSlab;

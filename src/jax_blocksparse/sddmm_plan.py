@@ -21,6 +21,8 @@ CAPACITY = {16: 160, 32: 40, 64: 12, 128: 3}
 """By unit: the number that a tile can have. As in sddmm.h."""
 MAX_SLABS = {16: 28, 32: 28, 64: 13, 128: 4}
 """By unit: the number of slabs that a tile can need. As in sddmm.h."""
+_SLAB_COST = {16: 7, 32: 3, 64: 1, 128: 1}
+"""By unit: how many units take as long to multiply as it takes to copy a slab, about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,11 @@ class SddmmLayout:
       block_size: one of `jax_blocksparse.BLOCK_SIZES`.
       nnz: number of blocks.
       unit: features of a unit's side, 16 to 128; a multiple of the block size.
-      strip: features of dy in a strip, a multiple of `slab`.
+      strip: features of dy in a strip, a multiple of `slab`; for units of 64 and 128 the kernels want one slab.
       target: the number of tiles aimed at.
       split: the number of CTAs that share a tile, each taking its part of the tokens: 1, 2 or 4.
-      whole_rows: whether tiles end between rows of slabs, for the fewest slabs; else they all have as many units.
+      whole_rows: whether tiles end between rows of slabs, so that they need the fewest slabs, and are even in units and
+        slabs together; else they all have as many units.
     """
 
     in_features: int
@@ -100,14 +103,25 @@ class SddmmLayout:
         return -(-self.in_features // self.slab)
 
     @property
+    def row_cost(self) -> int:
+        """What a row of slabs adds to the size of a tile besides its units."""
+        return _SLAB_COST[self.unit] if self.whole_rows else 0
+
+    @property
+    def max_size(self) -> int:
+        """The size beyond which no tile fits."""
+        return self.capacity + self.row_cost * self.max_slabs
+
+    @property
     def tiles(self) -> int:
         """As many tiles as any pattern can take."""
         units = self.max_units
-        tiles = min(units, max(self.target, units // self.capacity + self.strips))
+        rows = min(units, self.strips * self.slab_rows)
+        tiles = min(units, max(self.target, (units + rows * self.row_cost) // self.max_size + self.strips))
         if self.whole_rows:  # tiles are cut where they get too many units
             tiles += units // self.capacity
         if self.max_x_slabs < self.capacity:  # or need too many slabs
-            tiles += (min(units, self.strips * self.slab_rows) + tiles) // self.max_x_slabs
+            tiles += (rows + tiles) // self.max_x_slabs
         return tiles
 
     @property
@@ -132,6 +146,7 @@ class SddmmPlan(NamedTuple):
       slabs: (tiles, max_slabs), numbers of slabs, those of x first.
       slots: (max_units,); per unit, those of a tile together and in rows of units: bits 0 to 15 and 16 to 31 say where
         its x and its dy lie in the tile's slabs, in units (position in `slabs` * units of a slab + unit in the slab).
+        For units of 64 and 128 that is where the unit is in its tile, and behind the last: the kernels know.
       order: (nnz,) block ids, those of a tile together, inert ones last.
       places: (nnz,) for each block of `order`, where it is in its tile. Bits 0 to 7: which of the units; 8 to 11 and 12
         to 15: row and column of blocks in the unit; 16 to 20 and 21 to 25: rows and columns that exist, in eights.
@@ -161,7 +176,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
       >>> layout = SddmmLayout(64, 128, block_size=16, nnz=3, unit=16, strip=64, target=2, split=1, whole_rows=False)
       >>> plan = make_plan(np.array([3, 0, 2]), np.array([1, 7, 0]), layout, np)
       >>> plan.order.tolist(), plan.tiles.tolist()
-      ([2, 0, 1], [[0, 0, 1, 1], [2, 2, 1, 1], [3, 3, 0, 0]])
+      ([2, 0, 1], [[0, 0, 257, 1], [2, 2, 65793, 1], [3, 3, 0, 0]])
     """
     unit, ratio, strips, per_slab = layout.unit, layout.ratio, layout.strips, layout.slab // layout.unit
     width, height = layout.strip // unit, layout.units[0]  # of a strip, in units
@@ -182,17 +197,20 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     # Tiles of a strip: as even as possible, and as small as the target allows.
     before = xp.searchsorted(key, xp.arange(strips + 1) * (height * width))
     before = xp.concatenate([xp.zeros(1, number.dtype), number + 1])[before]
-    counts = before[1:] - before[:-1]
-    sizes = xp.arange(1, layout.capacity + 1)
-    fits = (-(-counts // sizes[:, None])).sum(1) <= layout.target
-    size = xp.where(fits.any(), xp.argmax(fits) + 1, layout.capacity)
-    size = xp.maximum(1, -(-counts // xp.maximum(1, -(-counts // size))))
     x_slab = unit_row // per_slab
     new_slab = live & (_changes(xp, strip) | _changes(xp, x_slab))
-    place = 2 * (number - before[strip])
+    rows_of_strip = sum_at(xp, strip, new_slab, strips)
+    counts = before[1:] - before[:-1] + layout.row_cost * rows_of_strip
+    sizes = xp.arange(1, layout.max_size + 1)
+    fits = (-(-counts // sizes[:, None])).sum(1) <= layout.target
+    size = xp.where(fits.any(), xp.argmax(fits) + 1, layout.max_size)
+    size = xp.maximum(1, -(-counts // xp.maximum(1, -(-counts // size))))
+    row = xp.maximum(0, xp.cumsum(new_slab) - 1)
+    row_in_strip = row - (xp.cumsum(rows_of_strip) - rows_of_strip)[strip]
+    place = 2 * (number - before[strip] + layout.row_cost * row_in_strip)
     if layout.whole_rows:  # the middle of the row decides
-        row = xp.maximum(0, xp.cumsum(new_slab) - 1)
-        place = place[_last(xp, new_slab, position)] + sum_at(xp, row, new_unit, layout.nnz)[row]
+        units_of_row = sum_at(xp, row, new_unit, layout.nnz)
+        place = place[_last(xp, new_slab, position)] + units_of_row[row] + layout.row_cost
     new_tile = live & (_changes(xp, strip) | _changes(xp, place // (2 * size[strip])))
 
     # A tile with too many units, or that needs too many slabs of x, is cut.
