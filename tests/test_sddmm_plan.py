@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jax_blocksparse.plan import flat_size
-from jax_blocksparse.sddmm_layout import choose_layout
-from jax_blocksparse.sddmm_plan import SddmmLayout, make_flat_plan, make_plan
+from jax_blocksparse.sddmm_layout import SddmmLayout, choose_layout
+from jax_blocksparse.sddmm_plan import make_flat_plan, make_plan
 
 SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
 UNITS = [(8, 16), (8, 128), (16, 16), (16, 128), (32, 32), (32, 128), (64, 64), (128, 128)]

@@ -1,11 +1,164 @@
-"""How to cut a sampled product into tiles: the choice of what is static about its plan, by a model of the time."""
+"""What is static about the plan of a sampled product: sizes, how it is cut into tiles, and how to choose that."""
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from jax_blocksparse.sddmm_plan import CAPACITY, MAX_SLABS, SddmmLayout
+import jax
+
+from jax_blocksparse.geometry import block_grid
+
+CAPACITY = {16: 160, 32: 40, 64: 12, 128: 3}
+"""By unit: the number that a tile can have. As in sddmm.h."""
+MAX_SLABS = {16: 28, 32: 28, 64: 13, 128: 4}
+"""By unit: the number of slabs that a tile can need. As in sddmm.h."""
+_SLAB_COST = {16: 3, 32: 3, 64: 1, 128: 1}
+"""By unit: how many units take as long to multiply as it takes to copy a slab, about."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SddmmLayout:
+    """What is static about a plan.
+
+    Attributes:
+      in_features: features of x.
+      out_features: features of dy.
+      block_size: one of `jax_blocksparse.BLOCK_SIZES`.
+      nnz: number of blocks.
+      unit: features of a unit's side, 16 to 128; a multiple of the block size.
+      strip: features of dy in a strip, a multiple of `slab`; for units of 64 and 128 the kernels want one slab.
+      target: the number of tiles aimed at.
+      split: the number of CTAs that share a tile, each taking its part of the tokens: 1, 2 or 4.
+      whole_rows: whether tiles end between rows of slabs, so that they need the fewest slabs, and are even in units and
+        slabs together; else they all have as many units.
+    """
+
+    in_features: int
+    out_features: int
+    block_size: int
+    nnz: int
+    unit: int
+    strip: int
+    target: int
+    split: int
+    whole_rows: bool
+
+    @property
+    def ratio(self) -> int:
+        """Blocks along a unit's side."""
+        return self.unit // self.block_size
+
+    @property
+    def slab(self) -> int:
+        """Features of a slab."""
+        return max(64, self.unit)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Block rows and block columns."""
+        return block_grid((self.in_features, self.out_features), self.block_size)
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """Rows and columns of units."""
+        return -(-self.in_features // self.unit), -(-self.out_features // self.unit)
+
+    @property
+    def strips(self) -> int:
+        """Strips of columns."""
+        return -(-self.out_features // self.strip)
+
+    @property
+    def capacity(self) -> int:
+        """The most units a tile may have."""
+        return CAPACITY[self.unit]
+
+    @property
+    def max_slabs(self) -> int:
+        """The most slabs a tile may need."""
+        return MAX_SLABS[self.unit]
+
+    @property
+    def max_x_slabs(self) -> int:
+        """The most slabs of x a tile may need."""
+        return self.max_slabs - self.strip // self.slab
+
+    @property
+    def max_units(self) -> int:
+        """As many units as any pattern can have."""
+        return min(self.nnz, math.prod(self.units))
+
+    @property
+    def slab_rows(self) -> int:
+        """Slabs of all of x."""
+        return -(-self.in_features // self.slab)
+
+    @property
+    def row_cost(self) -> int:
+        """What a row of slabs adds to the size of a tile besides its units."""
+        return _SLAB_COST[self.unit] if self.whole_rows else 0
+
+    @property
+    def sorts_rows(self) -> bool:
+        """Whether rows of slabs are put in an order in which neighbours need the same slabs of dy."""
+        return (
+            self.whole_rows and self.unit < 64 and self.slab_rows * -(-self.out_features // self.slab) <= 64 * self.nnz
+        )
+
+    @property
+    def max_size(self) -> int:
+        """The size beyond which no tile fits."""
+        return self.capacity + self.row_cost * self.max_slabs
+
+    @property
+    def tiles(self) -> int:
+        """As many tiles as any pattern can take."""
+        units = self.max_units
+        rows = min(units, self.strips * self.slab_rows)
+        tiles = min(units, max(self.target, (units + rows * self.row_cost) // self.max_size + self.strips))
+        if self.whole_rows:  # tiles are cut where they get too many units
+            tiles += units // self.capacity
+        if self.max_x_slabs < self.capacity:  # or need too many slabs
+            tiles += (rows + tiles) // self.max_x_slabs
+        return tiles
+
+    @property
+    def shapes(self) -> "SddmmPlan":
+        """The shapes of the lists."""
+        return SddmmPlan(
+            tiles=(self.tiles + 1, 4),
+            slabs=(self.tiles, self.max_slabs),
+            slots=(self.max_units,),
+            order=(self.nnz,),
+            places=(self.nnz,),
+        )
+
+
+class SddmmPlan(NamedTuple):
+    """The lists, all int32.
+
+    Attributes:
+      tiles: (tiles + 1, 4); per tile its first position in `order`, its first in `slots`, its numbers of slabs of x
+        (bits 0 to 7) and of dy (8 to 15) and its strip (16 up), and the slabs of dy as a set of bits. Where a tile
+        ends, the next one begins; the last entry is the end of the last tile.
+      slabs: (tiles, max_slabs), numbers of slabs, those of x first.
+      slots: (max_units,); per unit, those of a tile together and in rows of units: bits 0 to 15 and 16 to 31 say where
+        its x and its dy lie in the tile's slabs, in units (position in `slabs` * units of a slab + unit in the slab).
+        For units of 64 and 128 that is where the unit is in its tile, and behind the last: the kernels know.
+      order: (nnz,) block ids, those of a tile together, inert ones last.
+      places: (nnz,) for each block of `order`, where it is in its tile. Bits 0 to 7: which of the units; 8 to 11 and 12
+        to 15: row and column of blocks in the unit; 16 to 20 and 21 to 25: rows and columns that exist, in eights.
+    """
+
+    tiles: jax.Array
+    slabs: jax.Array
+    slots: jax.Array
+    order: jax.Array
+    places: jax.Array
+
 
 _CLUSTERS = {1: 132, 2: 66, 4: 30}
 """By the number of CTAs that share a tile: clusters that an H100 runs at a time."""
