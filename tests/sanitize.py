@@ -19,11 +19,12 @@ import jax_blocksparse as jbs
 
 SHAPE = (328, 392)  # what tensor copies accept, and multiples of no tile
 ODD_SHAPE = (61, 45)
+PAIRED = ((128, (2056, 2056)), (32, (3080, 2056)))  # large enough for tiles of dW that share copies
 
 
-def products(dtype, block_size, tokens, shape, *, activation=None, damage=False):
+def products(dtype, block_size, tokens, shape, *, density=0.4, activation=None, damage=False):
     """Compares y, dx and dW with NumPy, or only computes them if the index arrays are damaged."""
-    w = cases.random_w(shape, block_size, density=0.4, dtype=dtype)
+    w = cases.random_w(shape, block_size, density=density, dtype=dtype)
     if damage:
         random = np.random.default_rng(0)
         wild = np.array([-(2**31), -1, 0, 1, 2, 3, 7, 1000, 2**20 + 5, 2**31 - 1])
@@ -69,7 +70,10 @@ def main():
         products("bfloat16", b, tokens, SHAPE, damage=True)
     for b in (16, 64):
         products("bfloat16", b, 300, SHAPE, activation="relu")
-    print(f"{len(checks) + 2 * len(jbs.BLOCK_SIZES) + 2} checks")
+    for b, shape in PAIRED:
+        products("bfloat16", b, 300, shape, density=0.5)
+        products("bfloat16", b, 300, shape, density=0.5, damage=True)
+    print(f"{len(checks) + 2 * len(jbs.BLOCK_SIZES) + 2 + 2 * len(PAIRED)} checks")
 
 
 if __name__ == "__main__":

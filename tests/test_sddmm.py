@@ -1,5 +1,7 @@
 """The blocks of x.T @ dy against dense products, on both implementations and every device."""
 
+import functools
+
 import cases
 import hypothesis
 import jax
@@ -9,6 +11,7 @@ import pytest
 import strategies
 
 import jax_blocksparse as jbs
+from jax_blocksparse import sddmm_layout
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -28,6 +31,31 @@ def test_equals_the_dense_product(implementation, dtype, case, device):
     implementation = cases.available(implementation, device, dtype)
     with cases.enable_x64(dtype):
         check(case.x(dtype), case.dy(dtype), case.pattern, implementation=implementation, precision=HIGHEST)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("block_size", "shape", "density", "tokens"),
+    [
+        (128, (2056, 2056), 0.5, 300),
+        (64, (3080, 1032), 0.25, 300),
+        (32, (3080, 2056), 0.5, 300),
+        (16, (3080, 3080), 0.25, 300),
+        (16, (2056, 2056), 0.5, 300),  # in units of 128
+        (64, (16392, 1032), 0.5, 70),  # walks strips together
+    ],
+)
+def test_pairs_of_tiles_equal_the_dense_product(block_size, shape, density, tokens):
+    pattern = jbs.patterns.random(shape, block_size, density=density)
+    layout = sddmm_layout.choose_layout(*shape, block_size, pattern.nnz)
+    assert layout.split == 1
+    assert layout.max_units > 132  # what the kernels make pairs for
+    x, dy = (cases.normal((tokens, size), "bfloat16", seed=6) for size in shape)
+    product = jax.jit(functools.partial(jbs.sddmm, implementation="native"))
+    got = np.asarray(product(x, dy, pattern))
+    assert cases.relative_error(got, cases.sampled(cases.wide(x).T @ cases.wide(dy), pattern)) < 4e-3
+    for _ in range(3):
+        assert np.asarray(product(x, dy, pattern)).tobytes() == got.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

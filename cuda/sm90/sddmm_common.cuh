@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "../launch.cuh"
@@ -31,6 +32,20 @@ constexpr int kAlignment = 1024;  // of what tensor copies with this swizzle tou
 constexpr int kSharedBytes = kRingBytes + kAlignment;
 static_assert(kSharedBytes + 1024 <= 227 * 1024, "room for barriers and lists");
 
+// The order in which CTAs, or pairs of them, take tiles of the plan, where a strip's tiles follow each other: some
+// strips at a time, of these the first tile of each, then the second. The tiles of one wave of CTAs then need few slabs
+// of x and of dy alike, and memory is read less often.
+struct TileWalk {
+  int strips = 1, tiles = 1;  // at a time, and of a strip
+
+  // The tile that is taken at a place, of so many. Those that do not fill such an area come in the plan's order.
+  __device__ int At(int place, int places) const {
+    const int area = strips * tiles, group = place / area, within = place % area;
+    if (group == places / area) return place;
+    return (group * strips + within % strips) * tiles + within / strips;
+  }
+};
+
 struct SddmmKernelParams {
   CUtensorMap x;
   CUtensorMap dy;
@@ -42,6 +57,8 @@ struct SddmmKernelParams {
   void* data;
   std::int64_t plan_batch_stride;
   int plan_tiles, plan_units;
+  int all_tiles;  // plan_tiles, and one more if it takes that to make pairs
+  TileWalk walk;
   int split;
   bool paired;  // clusters of two tiles, which share copies of dy where they can
   int nnz;
@@ -74,7 +91,7 @@ template <typename Shape>
 struct SddmmTile {
   int batch;
   std::int64_t plan;  // where the plan begins, in integers
-  int number;         // of the tile in the plan; the last of a pair can lie beyond, and is empty
+  int number;         // of the tile in the plan; one that only makes a pair lies beyond, and is empty
   int first_block, last_block;
   int first_unit, units;
   int x_slabs, dy_slabs;
@@ -84,11 +101,12 @@ struct SddmmTile {
   int stages;
 
   __device__ explicit SddmmTile(const SddmmKernelParams& p) {
-    const int tiles = p.paired ? p.plan_tiles + p.plan_tiles % 2 : p.plan_tiles, cluster = blockIdx.x / p.split;
+    const int cluster = blockIdx.x / p.split, place = cluster % p.all_tiles;
     split = p.split;
-    batch = cluster / tiles;
+    batch = cluster / p.all_tiles;
     plan = batch * p.plan_batch_stride;
-    number = cluster % tiles;
+    const int at_once = p.paired ? 2 : 1;
+    number = p.walk.At(place / at_once, p.all_tiles / at_once) * at_once + place % at_once;
     rank = p.paired ? 0 : blockIdx.x % p.split;
     const int4 tile = Entry(p, number), next = Entry(p, number + 1);
     first_block = Clamp(tile.x, 0, p.nnz);
@@ -351,6 +369,23 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
 
 constexpr int Log2(int value) { return value <= 1 ? 0 : 1 + Log2(value / 2); }
 
+// Chooses the walk for units of 64 and 128, whose strips are columns of units: by how many features of x and dy a wave
+// of CTAs needs, if the pattern is even. One strip after the other needs all of x for each wave.
+inline TileWalk ChooseWalk(const SddmmParams& params, int unit, int at_once) {
+  constexpr double kWave = 132, kWorthwhile = 0.75;
+  const double strips = static_cast<double>(CeilDiv(params.out_features, unit));
+  const double tiles = std::floor(params.plan_tiles / strips / at_once) * at_once;  // of a strip
+  if (unit < kPanel || tiles <= at_once) return {};
+  const auto features = [&](double together) {
+    return together * unit + params.in_features * std::min(1.0, kWave / (together * tiles));
+  };
+  const double least = std::min(strips, std::ceil(kWave / tiles));
+  const double best = std::max(least, std::sqrt(params.in_features * kWave / tiles / unit));
+  const double together = std::ceil(strips / std::max(1.0, std::round(strips / best)));
+  if (features(together) > kWorthwhile * features(least)) return {};
+  return {static_cast<int>(together), static_cast<int>(tiles) / at_once};
+}
+
 template <typename T, typename Shape, auto kKernel>
 cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   constexpr CUtensorMapDataType kType =
@@ -374,6 +409,9 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.plan_units = params.plan_units;
   p.split = params.split;
   p.paired = params.split == 1 && params.plan_units > kLeastPairedUnits;
+  const int at_once = p.paired ? 2 : 1;
+  p.walk = ChooseWalk(params, Shape::kUnit, at_once);
+  p.all_tiles = static_cast<int>(CeilDiv(params.plan_tiles, at_once)) * at_once;
   p.nnz = params.nnz;
   p.block_bits = Log2(params.block);
   p.ratio_bits = Log2(params.unit / params.block);
@@ -383,8 +421,7 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.f32_output = params.f32_output;
 
   if (error = AllowSharedMemory<kKernel>(kSharedBytes); error != cudaSuccess) return error;
-  const std::int64_t tiles = p.paired ? CeilDiv(params.plan_tiles, 2) * 2 : params.plan_tiles;
-  const std::int64_t ctas = params.batch * tiles * params.split;
+  const std::int64_t ctas = params.batch * p.all_tiles * params.split;
   if (ctas > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
