@@ -22,7 +22,8 @@ struct SddmmPlanLayout {
   std::int64_t plan_units = 0;
 };
 
-// The layout of a plan with units of `unit` features and room for `tiles` tiles. Mirrors SddmmLayout of sddmm_layout.py.
+// The layout of a plan with units of `unit` features and room for `tiles` tiles. Mirrors SddmmLayout of
+// sddmm_layout.py.
 constexpr SddmmPlanLayout SddmmPlanLayoutOf(const SddmmParams& p, int unit, std::int64_t tiles) {
   const auto padded = [](std::int64_t size) { return CeilDiv(size, 4) * 4; };
   SddmmPlanLayout layout;
