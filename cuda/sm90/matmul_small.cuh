@@ -12,6 +12,7 @@
 #pragma once
 
 #include "matmul_common.cuh"
+#include "output.cuh"
 
 namespace jax_blocksparse::sm90 {
 
