@@ -3,7 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "epilogue.h"
+#include "ptx.cuh"
 
 namespace jax_blocksparse {
 
@@ -11,28 +14,48 @@ struct ValueAndSlope {
   float value, slope;
 };
 
-__device__ __forceinline__ ValueAndSlope Activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::kRelu:
-      return {x > 0.f || x != x ? x : 0.f, x > 0.f ? 1.f : 0.f};
-    case Activation::kGeluExact: {
-      const float below = 0.5f * erfcf(-0.70710678f * x);  // the normal distribution's integral up to x
-      return {x * below, below + x * 0.39894228f * __expf(-0.5f * x * x)};
-    }
-    case Activation::kGeluTanh: {
-      constexpr float kScale = 0.79788456f, kCubic = 0.044715f;
-      const float t = tanhf(kScale * (x + kCubic * x * x * x));
-      const float inner_slope = kScale * (1.f + 3.f * kCubic * x * x);
-      return {0.5f * x * (1.f + t), 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * inner_slope};
-    }
-    case Activation::kSilu: {
-      const float s = 1.f / (1.f + __expf(-x));
-      return {x * s, s * (1.f + x * (1.f - s))};
-    }
-    case Activation::kNone:
-      break;
+// 1 / (1 + 2^x), right to a few units in the last place.
+__device__ __forceinline__ float Logistic2(float x) { return ReciprocalApprox(1.f + Exp2Approx(x)); }
+
+template <Activation kActivation>
+__device__ __forceinline__ ValueAndSlope Activate(float x) {
+  constexpr float kLog2E = 1.44269504f;
+  if constexpr (kActivation == Activation::kRelu) {
+    return {x > 0.f || x != x ? x : 0.f, x > 0.f ? 1.f : 0.f};
+  } else if constexpr (kActivation == Activation::kGeluExact) {
+    const float below = 0.5f * erfcf(-0.70710678f * x);  // the normal distribution's integral up to x
+    return {x * below, below + x * 0.39894228f * Exp2Approx(-0.5f * kLog2E * x * x)};
+  } else if constexpr (kActivation == Activation::kGeluTanh) {
+    // 0.5 x (1 + tanh(u)) is x / (1 + exp(-2 u)), which loses no digits where tanh is close to -1.
+    constexpr float kScale = -2.f * 0.79788456f, kCubic = 0.044715f;
+    const float square = x * x;
+    const float below = Logistic2(x * (kLog2E * kScale + kLog2E * kScale * kCubic * square));
+    const float value = x * below;
+    return {value, below + (value * below - value) * (kScale + 3.f * kScale * kCubic * square)};
+  } else if constexpr (kActivation == Activation::kSilu) {
+    const float below = Logistic2(-kLog2E * x);
+    const float value = x * below;
+    return {value, below + (value - value * below)};
+  } else {
+    return {x, 1.f};
   }
-  return {x, 1.f};
+}
+
+// Calls a function with the activation as a type, std::integral_constant.
+template <typename Function>
+__device__ __forceinline__ void WithActivation(Activation activation, const Function& function) {
+  switch (activation) {
+    case Activation::kNone:
+      return function(std::integral_constant<Activation, Activation::kNone>{});
+    case Activation::kRelu:
+      return function(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kGeluExact:
+      return function(std::integral_constant<Activation, Activation::kGeluExact>{});
+    case Activation::kGeluTanh:
+      return function(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    case Activation::kSilu:
+      return function(std::integral_constant<Activation, Activation::kSilu>{});
+  }
 }
 
 }  // namespace jax_blocksparse

@@ -121,9 +121,10 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const
   const bool is_small_batch = params.tokens <= 64;
   if (is_small_batch && CanLaunchMatmulSkinny(params)) return LaunchMatmulSkinny(params, device, stream);
   if (!is_small_batch && device.major == 9 && plan.plan != nullptr) {
-    const sm90::MatmulParams product = HopperParams(params, plan, epilogue);
+    const bool fuses = !params.f32_output;
+    const sm90::MatmulParams product = HopperParams(params, plan, fuses ? epilogue : Epilogue{});
     if (sm90::CanLaunchMatmul(product)) {
-      *is_finished = true;
+      *is_finished |= fuses;
       if (plan.workspace != nullptr) {
         const cudaError_t error = sm90::LaunchPack(PackingFor(params, plan, product), stream);
         if (error != cudaSuccess) return error;

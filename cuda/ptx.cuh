@@ -45,6 +45,18 @@ __device__ __forceinline__ void Prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
+// 2^x and 1/x, right to two units in the last place; results too small for a normal number are zero.
+__device__ __forceinline__ float Exp2Approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float ReciprocalApprox(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l%8 of matrix l/8. With kTranspose each
 // matrix arrives transposed.
 template <bool kTranspose>

@@ -45,7 +45,7 @@ struct MatmulParams {
   ElementType type;            // of x and data: kBF16 or kF16
   bool transpose;              // blocks of 64 and 128: multiply with their transposes
   bool f32_output;             // y is float, else it has the element type
-  Epilogue epilogue;
+  Epilogue epilogue;           // none where y is float
 };
 
 // Whether the kernels take these operands: there is something to copy, and tensor copies want rows at multiples of 16
@@ -53,9 +53,8 @@ struct MatmulParams {
 inline bool CanLaunchMatmul(const MatmulParams& p) {
   const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
   return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.tiles) && is_aligned(p.steps) &&
-         is_aligned(p.epilogue.bias) && is_aligned(p.epilogue.slope) && is_aligned(p.epilogue.scale) && p.nnz > 0 &&
-         p.in_features > 0 && p.in_features % 8 == 0 &&
-         p.out_features % (p.f32_output && p.epilogue.IsIdentity() ? 4 : 8) == 0;
+         is_aligned(p.epilogue.slope) && is_aligned(p.epilogue.scale) && p.nnz > 0 && p.in_features > 0 &&
+         p.in_features % 8 == 0 && p.out_features % (p.f32_output ? 4 : 8) == 0;
 }
 
 cudaError_t LaunchMatmulBF16(const MatmulParams& params, cudaStream_t stream);

@@ -15,7 +15,8 @@ namespace jax_blocksparse::sm90 {
 constexpr int kGroup = 64;               // features of a warpgroup's product, "M" of the instruction
 constexpr int kChunkBytes = kChunk * 2;  // a row of x in a stage
 constexpr int kMaxStages = 16;
-constexpr int kPieceBytes = 8192;      // of y, for one store: 64 tokens x 64 features of 16 bits, 32 x 64 of 32 bits
+constexpr int kPieceTokens = 32;  // of y, for one store
+constexpr int kPieceBytes = kPieceTokens * 128;
 constexpr int kProducerThreads = 128;  // registers are handed over by whole warpgroups; one of the warps works
 // What is handed over comes out of what the CTA got at its launch: as many a thread as its size allows, in eights.
 constexpr int ProducerRegisters(int warpgroups) { return warpgroups > 2 ? 32 : 56; }
@@ -29,10 +30,11 @@ static_assert(kChunkBytes == 128, "the swizzle, the descriptors and the tensor m
 struct KernelParams {
   CUtensorMap x;
   CUtensorMap y;
+  CUtensorMap scale;  // of the epilogue, as its slope
+  CUtensorMap slope;
   CUtensorMap w;       // large blocks
   const void* packed;  // small blocks
   Epilogue epilogue;
-  void* y_array;  // what `y` describes
   const std::int32_t* tiles;
   const std::int32_t* steps;
   const std::int32_t* masks;
@@ -98,14 +100,19 @@ __device__ __forceinline__ std::uint32_t Opaque(std::uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+__device__ __forceinline__ float Opaque(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
 
 using Ring = StageRing<kMaxStages>;
 
-// The work of the warp that copies: calls copy(tile, step, ring) in one lane when the step's stage is empty. The warp
-// stays converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.
-template <typename Tiles, typename Copy>
-__device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int lane,
-                                        const Copy& copy) {
+// The work of the warp that copies: calls copy(tile, step, ring) in one lane when the step's stage is empty, and after
+// a tile's last step does the same with copy_scale(tile, warpgroup, ring), if there is a scale. The warp stays
+// converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.
+template <typename Tiles, typename Copy, typename CopyScale>
+__device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int lane, int warpgroups,
+                                        const Copy& copy, const CopyScale& copy_scale) {
   const auto load = [&](const Tile& tile, int first) {
     const int i = first + lane;
     return i < tile.steps ? __ldg(StepOf(p, tile, i)) : int4{};
@@ -127,6 +134,12 @@ __device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tile
         __syncwarp();
         ring.Advance();
       }
+    }
+    for (int group = 0; group < (p.epilogue.scale == nullptr ? 0 : warpgroups); ++group) {
+      ring.WaitEmpty();
+      if (lane == 0) copy_scale(tile, group, ring);
+      __syncwarp();
+      ring.Advance();
     }
     tile = following;
   }
@@ -158,8 +171,18 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
                            extent(from.out_features),
                            extent(from.tokens),
                            extent(from.batch),
-                           from.f32_output ? 32u : 64u};
+                           kPieceTokens};
   if (error = EncodeTensorMap(&to->y, y); error != cudaSuccess) return error;
+  if (TensorMapSpec slope = y; from.epilogue.slope != nullptr) {
+    slope.array = from.epilogue.slope;
+    if (error = EncodeTensorMap(&to->slope, slope); error != cudaSuccess) return error;
+  }
+  if (TensorMapSpec scale = y; from.epilogue.scale != nullptr) {
+    scale.array = from.epilogue.scale;
+    scale.batch = from.epilogue.scale_batch_stride == 0 ? 1 : y.batch;
+    scale.box_rows = static_cast<std::uint32_t>(tile_tokens);  // it fills the room of a chunk of x
+    if (error = EncodeTensorMap(&to->scale, scale); error != cudaSuccess) return error;
+  }
 
   to->tiles = from.tiles;
   to->steps = from.steps;
@@ -172,7 +195,6 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
   const std::int64_t w_bytes = std::max<std::int64_t>(1, std::int64_t{from.nnz} * from.block * from.block * 2);
   to->band = static_cast<int>(std::clamp<std::int64_t>(kBandBytes * to->feature_tiles / w_bytes, 1, to->feature_tiles));
   to->epilogue = from.epilogue;
-  to->y_array = from.y;
   to->tokens = static_cast<int>(from.tokens);
   to->in_features = from.in_features;
   to->out_features = from.out_features;

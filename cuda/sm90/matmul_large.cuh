@@ -26,7 +26,7 @@ struct LargeTile {
   static constexpr int kXBytes = kTokens * kChunkBytes;
   static constexpr int kPieceOfW = kGroup * kChunk * 2;
   static constexpr int kStageBytes = kXBytes + kWarpgroups * kPieceOfW;
-  static constexpr int kOutputBytes = kWarpgroups * kPieceBytes;
+  static constexpr int kOutputBytes = OutputWriter<__half, kTokens, kWarpgroups>::kSharedBytes;
   static constexpr int kStages = StagesThatFit(kStageBytes, kOutputBytes);
   static constexpr int kSharedBytes = kAlignment + kStages * kStageBytes + kOutputBytes;
   static_assert(kBlock == 64 || kBlock == 128,
@@ -91,7 +91,12 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
         }
       }
     };
-    if (warp == L::kWarpgroups * 4) Produce(p, tiles, ring, lane, copy);
+    const auto copy_scale = [&](const Tile& tile, int group, const Ring& ring) {
+      ArriveExpecting(ring.full(), L::kXBytes);
+      LoadTensor(stages + ring.stage() * L::kStageBytes, &p.scale, tile.feature + group * kGroup,
+                 tile.token + rank * L::kTokens, p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
+    };
+    if (warp == L::kWarpgroups * 4) Produce(p, tiles, ring, lane, L::kWarpgroups, copy, copy_scale);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(L::kWarpgroups)>();
@@ -109,7 +114,7 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
         if (lane == 0) Arrive(barrier);
       }
     };
-    OutputWriter<T, L::kTokens> writer(p, output + group * kPieceBytes, group);
+    OutputWriter<T, L::kTokens, L::kWarpgroups> writer(p, output, group);
     Tile tile = tiles.Load(0);
     int2 next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
@@ -160,10 +165,11 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
         }
         ring.Advance();
       }
+      const float2 biases = writer.LoadBiases(tile);
       WaitForProducts<0>();
       KeepRegisters(sum);
       release();
-      writer.Write(sum, tile.feature + group * kGroup, tile.token + rank * L::kTokens, tile.batch);
+      writer.Write(sum, biases, tile, tile.token + rank * L::kTokens, ring, stages, L::kStageBytes, arrive);
       tile = following;
     }
     writer.Finish();

@@ -29,7 +29,7 @@ struct SmallTile {
   static constexpr int kSliceFeatures = SliceFeatures(kBlock);
   static constexpr int kBlockBytes = kBlock * kBlock * 2;
   static constexpr int kXBytes = kTokens * kChunkBytes;
-  static constexpr int kOutputBytes = kWarpgroups * kPieceBytes;
+  static constexpr int kOutputBytes = OutputWriter<__half, kTokens, kWarpgroups>::kSharedBytes;
   static constexpr int kFullCapacity = kFeatures * kChunk / (kBlock * kBlock);
   static constexpr int kMinCapacity = kSliceFeatures * kChunk / (kBlock * kBlock);  // what a word can name
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32);
@@ -157,7 +157,12 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       LoadBytes(to + S::kXBytes, static_cast<const unsigned char*>(p.packed) + block * S::kBlockBytes, bytes,
                 ring.full());
     };
-    if (warp == S::kWarpgroups * 4) Produce(p, tiles, ring, lane, copy);
+    const auto copy_scale = [&](const Tile& tile, int group, const Ring& ring) {
+      ArriveExpecting(ring.full(), S::kXBytes);
+      LoadTensor(stages + ring.stage() * stage_bytes, &p.scale, tile.feature + group * kGroup, tile.token,
+                 p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
+    };
+    if (warp == S::kWarpgroups * 4) Produce(p, tiles, ring, lane, S::kWarpgroups, copy, copy_scale);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(S::kWarpgroups)>();
@@ -179,7 +184,10 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
                    static_cast<std::uint32_t>(__ldg(list + group_slice * p.max_steps))};
     };
 
-    OutputWriter<T, S::kTokens> writer(p, output + group * kPieceBytes, group);
+    const auto release = [&](std::uint32_t barrier) {
+      if (lane == 0) Arrive(barrier);
+    };
+    OutputWriter<T, S::kTokens, S::kWarpgroups> writer(p, output, group);
     Tile tile = tiles.Load(0);
     Masks next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
@@ -190,7 +198,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       const auto finish = [&] {
         WaitForProducts<0>();
         __syncwarp();  // every lane has read its part of the blocks
-        if (held != 0 && lane == 0) Arrive(held);
+        if (held != 0) release(held);
         held = 0;
       };
 
@@ -234,23 +242,26 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       };
 
       if (tile.steps == 0) next = load(following, 0);
+      float2 biases;
       if constexpr (S::kGathersAhead) {
         Fragments even = {}, odd = {};
         for (int i = 0; i < tile.steps; i += 2) {
           multiply(i, even, odd);
           if (i + 1 < tile.steps) multiply(i + 1, odd, even);
         }
+        biases = writer.LoadBiases(tile);
         finish();
         KeepRegisters(even);
         KeepRegisters(odd);
       } else {
         Fragments a = {};
         for (int i = 0; i < tile.steps; ++i) multiply(i, a, a);
+        biases = writer.LoadBiases(tile);
         finish();
         KeepRegisters(a);
       }
       KeepRegisters(sum);
-      writer.Write(sum, tile.feature + group * kGroup, tile.token, tile.batch);
+      writer.Write(sum, biases, tile, tile.token, ring, stages, stage_bytes, release);
       tile = following;
     }
     writer.Finish();

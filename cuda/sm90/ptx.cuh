@@ -138,13 +138,6 @@ __device__ __forceinline__ void StoreShared4(std::uint32_t to, std::uint32_t val
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void LoadShared16(std::uint32_t from, float (&values)[4]) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
-               : "r"(from)
-               : "memory");
-}
-
 // Zero if the condition does not hold; then nothing is read.
 __device__ __forceinline__ std::uint32_t LoadShared4OrZero(bool condition, std::uint32_t from) {
   std::uint32_t value;
@@ -179,6 +172,15 @@ __device__ __forceinline__ std::uint32_t Pack(float low, float high) {
   } else {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const std::uint32_t*>(&pair);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float2 Unpack(std::uint32_t pair) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  } else {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
   }
 }
 
