@@ -36,17 +36,34 @@ __global__ void __launch_bounds__(256) EpilogueKernel(const KernelParams p) {
     const std::int64_t at = i - batch * p.batch_elements + batch * p.epilogue.scale_batch_stride;
     scales = *reinterpret_cast<const V*>(static_cast<const T*>(p.epilogue.scale) + at);
   }
+  WithActivation(p.epilogue.activation, [&](auto activation) {
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) {
-    float sum = static_cast<float>(values.element[j]);
-    if (p.epilogue.bias != nullptr) sum += p.epilogue.bias[batch * p.epilogue.bias_batch_stride + feature + j];
-    const ValueAndSlope result = Activate(p.epilogue.activation, sum);
-    const float scale = p.epilogue.scale == nullptr ? 1.f : static_cast<float>(scales.element[j]);
-    values.element[j] = static_cast<T>(result.value * scale);
-    slopes.element[j] = static_cast<T>(result.slope);
-  }
+    for (int j = 0; j < kWidth; ++j) {
+      float sum = static_cast<float>(values.element[j]);
+      if (p.epilogue.bias != nullptr) sum += p.epilogue.bias[batch * p.epilogue.bias_batch_stride + feature + j];
+      const ValueAndSlope result = Activate<decltype(activation)::value>(sum);
+      const float scale = p.epilogue.scale == nullptr ? 1.f : static_cast<float>(scales.element[j]);
+      values.element[j] = static_cast<T>(result.value * scale);
+      slopes.element[j] = static_cast<T>(result.slope);
+    }
+  });
   *y = values;
   if (p.epilogue.slope != nullptr) *reinterpret_cast<V*>(static_cast<T*>(p.epilogue.slope) + i) = slopes;
+}
+
+// A thread for each feature and kSumTokens tokens.
+template <typename T>
+__global__ void __launch_bounds__(256) ColumnSumsKernel(const KernelParams p) {
+  const std::int64_t tokens = p.batch_elements / p.out_features, rows = CeilDiv(tokens, kSumTokens);
+  const std::int64_t i = blockIdx.x * std::int64_t{256} + threadIdx.x;
+  const std::int64_t row = i / p.out_features, batch = row / rows, first = row % rows * kSumTokens;
+  if (batch * p.batch_elements >= p.elements) return;
+  const T* y = static_cast<const T*>(p.y) + batch * p.batch_elements + first * p.out_features + i % p.out_features;
+  float sum = 0.f;
+  for (std::int64_t token = first; token < min(first + kSumTokens, tokens); ++token, y += p.out_features) {
+    sum += static_cast<float>(*y);
+  }
+  p.epilogue.column_sums[i] = sum;
 }
 
 template <typename T>
@@ -55,8 +72,13 @@ cudaError_t LaunchType(const KernelParams& params, cudaStream_t stream) {
   const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
   const bool is_wide = params.out_features % kWide == 0 && is_aligned(params.y) && is_aligned(params.epilogue.scale) &&
                        is_aligned(params.epilogue.slope);
-  return is_wide ? Launch<EpilogueKernel<T, kWide>>(params, CeilDiv(params.elements, 256 * kWide), 256, 0, stream)
-                 : Launch<EpilogueKernel<T, 1>>(params, CeilDiv(params.elements, 256), 256, 0, stream);
+  const cudaError_t error =
+      is_wide ? Launch<EpilogueKernel<T, kWide>>(params, CeilDiv(params.elements, 256 * kWide), 256, 0, stream)
+              : Launch<EpilogueKernel<T, 1>>(params, CeilDiv(params.elements, 256), 256, 0, stream);
+  if (error != cudaSuccess || params.epilogue.column_sums == nullptr) return error;
+  const std::int64_t tokens = params.batch_elements / params.out_features;
+  const std::int64_t sums = params.elements / tokens * CeilDiv(tokens, kSumTokens);
+  return Launch<ColumnSumsKernel<T>>(params, CeilDiv(sums, 256), 256, 0, stream);
 }
 
 }  // namespace

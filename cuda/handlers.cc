@@ -15,6 +15,7 @@ namespace {
 namespace ffi = ::xla::ffi;
 using Stream = ffi::PlatformStream<cudaStream_t>;
 using Bias = ffi::Buffer<ffi::F32, 2>;
+using ColumnSums = ffi::Buffer<ffi::F32, 3>;
 
 // What every kernel here asks of a product beyond what decoding has checked.
 ffi::Error CheckSupported(const char* target, ElementType type, const void* data) {
@@ -66,7 +67,7 @@ ffi::ErrorOr<MatmulPlan> DecodePlan(const char* target, const MatmulParams& para
 
 ffi::ErrorOr<Epilogue> DecodeEpilogue(const char* target, const MatmulParams& params, std::int32_t activation,
                                       const Bias& bias, const ffi::AnyBuffer& scale, const ffi::AnyBuffer& y,
-                                      ffi::AnyBuffer& slope) {
+                                      ffi::AnyBuffer& slope, ColumnSums& column_sums) {
   const auto error = [&](const char* what) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(std::string(target) + ": " + what));
   };
@@ -96,13 +97,23 @@ ffi::ErrorOr<Epilogue> DecodeEpilogue(const char* target, const MatmulParams& pa
     }
     decoded.slope = slope.untyped_data();
   }
+  if (column_sums.element_count() != 0) {
+    if (static_cast<std::int64_t>(column_sums.element_count()) !=
+            params.batch * CeilDiv(params.tokens, kSumTokens) * params.out_features ||
+        decoded.bias != nullptr || decoded.activation != Activation::kNone) {
+      return error(
+          "column_sums must have shape (batch, tokens / 64, features of y), and there be no bias, no activation");
+    }
+    decoded.column_sums = column_sums.typed_data();
+  }
   return decoded;
 }
 
 ffi::Error Matmul(cudaStream_t stream, bool transpose, std::int32_t activation, std::int32_t tile_features,
                   std::int32_t capacity, ffi::AnyBuffer x, ffi::AnyBuffer data, Indices ptr, Indices order,
                   Indices inner, Indices plan, Bias bias, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> y,
-                  ffi::Result<ffi::AnyBuffer> slope, ffi::Result<ffi::AnyBuffer> workspace) {
+                  ffi::Result<ffi::AnyBuffer> slope, ffi::Result<ColumnSums> column_sums,
+                  ffi::Result<ffi::AnyBuffer> workspace) {
   constexpr char kTarget[] = "jax_blocksparse.matmul";
   const auto params = DecodeMatmul(x, data, ptr, order, inner, *y, transpose);
   if (params.has_error()) return params.error();
@@ -110,7 +121,7 @@ ffi::Error Matmul(cudaStream_t stream, bool transpose, std::int32_t activation, 
   if (const ffi::Error error = CheckSupported(kTarget, params->type, params->data); error.failure()) return error;
   const auto decoded = DecodePlan(kTarget, *params, plan, *workspace, tile_features, capacity);
   if (decoded.has_error()) return decoded.error();
-  const auto epilogue = DecodeEpilogue(kTarget, *params, activation, bias, scale, *y, *slope);
+  const auto epilogue = DecodeEpilogue(kTarget, *params, activation, bias, scale, *y, *slope, *column_sums);
   if (epilogue.has_error()) return epilogue.error();
   return LaunchResult(kTarget, Run(*params, *decoded, *epilogue, stream));
 }
@@ -167,6 +178,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseMatmulCuda, Matmul,
                                   .Arg<ffi::AnyBuffer>()   // scale
                                   .Ret<ffi::AnyBuffer>()   // y
                                   .Ret<ffi::AnyBuffer>()   // slope
+                                  .Ret<ColumnSums>()       // column_sums
                                   .Ret<ffi::AnyBuffer>(),  // workspace
                               {ffi::Traits::kCmdBufferCompatible});
 

@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 import jax_blocksparse as jbs
 from jax_blocksparse import activations
-from jax_blocksparse.epilogues import scaled_matmul_p
+from jax_blocksparse.epilogues import matmul_scaled_p, scaled_matmul_p
 from jax_blocksparse.primitives import bind
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -84,25 +84,41 @@ def test_second_derivatives(activation, implementation, device):
         check_grads(product, (x, jnp.nan_to_num(w.data), bias), order=2, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("transpose", [False, True], ids=["w", "wT"])
-def test_second_derivatives_of_a_scaled_product(side, transpose, device):
-    with cases.enable_x64("float64"):
-        w, shape = CASE.w("float64"), CASE.shape
+class TestSecondDerivativesOfScaledProducts:
+    @staticmethod
+    def operands(transpose, scale_as):
+        """Rows as many as x or the result has, indices, parameters, and W in a wide dtype."""
+        w, shape = CASE.w("float64"), CASE.shape[::-1] if transpose else CASE.shape
         x = (CASE.dy if transpose else CASE.x)("float64")[None, :3]
-        wide = shape[0] if transpose == (side == "output") else shape[1]
-        scale = cases.normal((1, 3, wide), "float64", seed=7)
-        params = {"transpose": transpose, "shape": shape, "out_dtype": "float64", "side": side}
+        scale = cases.normal((1, 3, shape[scale_as]), "float64", seed=7)
+        indices = [index[None] for index in w.pattern.indices]
+        params = {"transpose": transpose, "shape": CASE.shape, "out_dtype": "float64"}
+        params |= {"precision": None, "implementation": None}
+        return (
+            (x, scale, jnp.nan_to_num(w.data)[None]),
+            indices,
+            params,
+            cases.dense(w).T if transpose else cases.dense(w),
+        )
 
-        def product(x, scale, data):
-            indices = (index[None] for index in w.pattern.indices)
-            return bind(scaled_matmul_p, x, scale, data, *indices, **params, precision=None, implementation=None)
+    def test_of_the_result(self, transpose, device):
+        with cases.enable_x64("float64"):
+            (x, scale, data), indices, params, matrix = self.operands(transpose, 1)
+            product = lambda *args: bind(scaled_matmul_p, *args, *indices, **params)  # noqa: E731
+            plain = cases.wide(x) @ matrix * scale
+            for got, wanted in zip(product(x, scale, data), (plain, plain.sum(1)), strict=True):
+                np.testing.assert_allclose(got, wanted.astype(float), rtol=1e-12, atol=1e-12)
+            check_grads(product, (x, scale, data), order=2, atol=1e-5, rtol=1e-5)
 
-        data = jnp.nan_to_num(w.data)[None]
-        matrix = cases.dense(w).T if transpose else cases.dense(w)
-        plain = (cases.wide(x) * scale) @ matrix if side == "input" else cases.wide(x) @ matrix * scale
-        np.testing.assert_allclose(product(x, scale, data), plain.astype(float), rtol=1e-12, atol=1e-12)
-        check_grads(product, (x, scale, data), order=2, atol=1e-5, rtol=1e-5)
+    def test_of_the_input(self, transpose, device):
+        with cases.enable_x64("float64"):
+            (x, scale, data), indices, params, matrix = self.operands(transpose, 0)
+            bias = cases.normal((1, x.shape[2]), "float64", seed=9)
+            product = lambda *args: bind(matmul_scaled_p, *args, *indices, **params)  # noqa: E731
+            plain = ((cases.wide(x) + bias) * scale) @ matrix
+            np.testing.assert_allclose(product(x, bias, scale, data), plain.astype(float), rtol=1e-12, atol=1e-12)
+            check_grads(product, (x, bias, scale, data), order=2, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", [CASE, *cases.TILES], ids=str)
@@ -110,12 +126,13 @@ def test_second_derivatives_of_a_scaled_product(side, transpose, device):
 def test_scaled_result(dtype, case, device):
     x, w = case.x(dtype).reshape(1, -1, case.shape[0]), case.w(dtype)
     scale = cases.normal((1, x.shape[1], case.shape[1]), dtype, seed=8)
-    params = {"transpose": False, "shape": case.shape, "out_dtype": dtype, "side": "output"}
+    params = {"transpose": False, "shape": case.shape, "out_dtype": dtype, "precision": HIGHEST}
     indices = (index[None] for index in w.pattern.indices)
-    got = bind(scaled_matmul_p, x, scale, w.data[None], *indices, **params, precision=HIGHEST, implementation="native")
+    got, sums = bind(scaled_matmul_p, x, scale, w.data[None], *indices, **params, implementation="native")
     wanted = cases.wide(x) @ cases.dense(w) * cases.wide(scale)
     dense = jnp.dot(x, cases.dense(w).astype(dtype), precision=HIGHEST) * scale
     cases.assert_exact(got, wanted, dense)
+    cases.assert_exact(sums, wanted.sum(1), dense.astype(jnp.float32).sum(1))
 
 
 @pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0), (1, 0, None)], ids=str)

@@ -1,12 +1,13 @@
 """Products that do something to their result before it is written, because XLA cannot fuse into a custom call.
 
     matmul_act_p:     y[g] = act(x[g] @ W[g] + bias[g]), and if asked for the slope, act' of the same sum
-    scaled_matmul_p:  y[g] = (x[g] @ W[g]) * scale[g], or (x[g] * scale[g]) @ W[g], by `side`
+    scaled_matmul_p:  y[g] = (x[g] @ W[g]) * scale[g], and the sums of y over its rows, (G, N) in float32 or wider
+    matmul_scaled_p:  y[g] = ((x[g] + bias[g]) * scale[g]) @ W[g]
 
-W, `transpose` and batches are as in `matmul_p`; bias is (G, N) in float32 or wider, scale is as large as the result,
-respectively as x. The second primitive is linear in x, scale and data; its two sides are each other's transposes. It
-is what gradients of `act(x @ W1) @ W2` need: the product with W2.T comes out multiplied with the slope of the
-activation.
+W, `transpose` and batches are as in `matmul_p`; bias is (G, N), respectively (G, K), in float32 or wider, scale is as
+large as the result, respectively as x. The second and the third are linear in scale, in data and in x, the third in x
+and bias together, and each other's transposes. The second is what gradients of `act(x @ W1 + bias) @ W2` need: the
+product with W2.T comes out multiplied with the slope of the activation, and its sums are the gradient of the bias.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, xla
+from jax.sharding import PartitionSpec
 
 from jax_blocksparse import activations
 from jax_blocksparse.primitives import (
@@ -32,6 +34,8 @@ from jax_blocksparse.primitives import (
 matmul_act_p = Primitive("block_sparse_matmul_act")
 matmul_act_p.multiple_results = True
 scaled_matmul_p = Primitive("block_sparse_scaled_matmul")
+scaled_matmul_p.multiple_results = True
+matmul_scaled_p = Primitive("block_sparse_matmul_scaled")
 
 
 def wide_bias(bias, features, dtype):
@@ -55,12 +59,20 @@ def matmul_act(x, data, bias, *indices, activation, with_slope, **params):
     return [result(activation, pre).astype(y.dtype) for result in results]
 
 
-def scaled_matmul(x, scale, data, *indices, side, **params):
+def scaled_matmul(x, scale, data, *indices, **params):
     """What `scaled_matmul_p` computes, by `matmul_p` and plain jax.numpy."""
-    if side == "input":
-        return bind(matmul_p, x * scale, data, *indices, **params)
     y = bind(matmul_p, x, data, *indices, **params)
-    return y * scale.astype(y.dtype)
+    y = y * scale.astype(y.dtype)
+    return [y, y.astype(jnp.promote_types(y.dtype, jnp.float32)).sum(1)]
+
+
+def matmul_scaled(x, bias, scale, data, *indices, **params):
+    """What `matmul_scaled_p` computes, likewise."""
+    return bind(matmul_p, _add(x, bias) * scale, data, *indices, **params)
+
+
+def _add(x, bias):
+    return x + bias[:, None].astype(x.dtype)
 
 
 def _act_abstract(x, data, bias, *indices, activation, with_slope, **params):
@@ -68,15 +80,25 @@ def _act_abstract(x, data, bias, *indices, activation, with_slope, **params):
     return [matmul_abstract(x, data, *indices, **params)] * (2 if with_slope else 1)
 
 
-def _scaled_abstract(x, scale, data, *indices, side, **params):
-    del side, scale
+def _scaled_abstract(x, scale, data, *indices, **params):
+    del scale
+    y = matmul_abstract(x, data, *indices, **params)
+    sharding = y.sharding.update(spec=PartitionSpec(y.sharding.spec[0], None))
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return [y, y.update(shape=(y.shape[0], y.shape[2]), dtype=wide, sharding=sharding)]
+
+
+def _matmul_scaled_abstract(x, bias, scale, data, *indices, **params):
+    del bias, scale
     return matmul_abstract(x, data, *indices, **params)
 
 
 def _act_jvp(primals, tangents, *, activation, with_slope, **params):
     (x, data, bias, *indices), (x_dot, data_dot, bias_dot, *_) = primals, tangents
-    y, slope = bind(matmul_act_p, *primals, activation=activation, with_slope=True, **params)
-    results = [y, slope] if with_slope else [y]
+    # The slope of no activation is 1.
+    needs_slope = with_slope or activation is not None
+    y, *slope = bind(matmul_act_p, *primals, activation=activation, with_slope=needs_slope, **params)
+    results = [y, *slope] if with_slope else [y]
     terms = []
     if type(x_dot) is not ad.Zero:
         terms.append(bind(matmul_p, x_dot, data, *indices, **params))
@@ -88,7 +110,7 @@ def _act_jvp(primals, tangents, *, activation, with_slope, **params):
     if not terms:
         return results, [ad.Zero(jax.typeof(result).to_tangent_aval()) for result in results]
     pre_dot = functools.reduce(ad.add_tangents, terms)
-    dots = [slope * pre_dot]
+    dots = [slope[0] * pre_dot if slope else pre_dot]
     if with_slope:
         pre = bind(matmul_p, x, data, *indices, **params).astype(bias.dtype) + bias[:, None]
         dots.append(activations.curvature(activation, pre).astype(y.dtype) * pre_dot)
@@ -102,45 +124,70 @@ def _scaled_jvp(primals, tangents, **params):
         for i, tangent in enumerate(tangents[:3])
         if type(tangent) is not ad.Zero
     ]
-    zero = ad.Zero(jax.typeof(out).to_tangent_aval())
-    return out, functools.reduce(ad.add_tangents, terms) if terms else zero
+    zeros = [ad.Zero(jax.typeof(result).to_tangent_aval()) for result in out]
+    return out, functools.reduce(lambda a, b: list(map(ad.add_tangents, a, b)), terms, zeros)
 
 
-def _scaled_transpose(ct, x, scale, data, *indices, side, transpose, shape, out_dtype, **params):
-    del out_dtype
-    operands = [x, scale, data]
-    (place,) = (i for i, operand in enumerate(operands) if ad.is_undefined_primal(operand))
-    aval = operands[place].aval
+def _matmul_scaled_jvp(primals, tangents, **params):
+    x, bias, *rest = primals
+    out = bind(matmul_scaled_p, *primals, **params)
+    terms = []
+    if not type(tangents[0]) is type(tangents[1]) is ad.Zero:
+        sums = map(ad.instantiate_zeros, tangents[:2])
+        terms.append(bind(matmul_scaled_p, *sums, *rest, **params))
+    for i, tangent in enumerate(tangents[2:4]):
+        if type(tangent) is not ad.Zero:
+            terms.append(bind(matmul_scaled_p, x, bias, *rest[:i], tangent, *rest[i + 1 :], **params))
+    return out, functools.reduce(ad.add_tangents, terms, ad.Zero(jax.typeof(out).to_tangent_aval()))
+
+
+def _weight_gradient(x, dy, data, *indices, transpose, **params):
+    """Of y = x W for data, which is not known yet."""
+    left, right = (dy.astype(x.dtype), x) if transpose else (x, dy.astype(x.dtype))
+    params = params | {"block_size": data.aval.shape[-1], "out_dtype": data.aval.dtype}
+    return match_batch(bind(sddmm_p, left, right, *indices, **params), data.aval)
+
+
+def _scaled_transpose(cts, x, scale, data, *indices, out_dtype, **params):
+    ct, sums_ct = map(ad.instantiate_zeros, cts)
     results = [None] * (3 + len(indices))
-    if type(ct) is ad.Zero:
-        results[place] = ad.Zero(aval)
-        return results
-    forward = functools.partial(bind, scaled_matmul_p, transpose=transpose, shape=shape, **params)
-    backward = functools.partial(bind, scaled_matmul_p, transpose=not transpose, shape=shape, **params)
-    if place == 2:
-        left, right = (x * scale, ct.astype(x.dtype)) if side == "input" else (x, (ct * scale).astype(x.dtype))
-        left, right = (right, left) if transpose else (left, right)
-        block_size = aval.shape[-1]
-        result = bind(
-            sddmm_p, left, right, *indices, block_size=block_size, shape=shape, out_dtype=aval.dtype, **params
-        )
-    elif place == 0:
-        other = "output" if side == "input" else "input"
-        result = backward(ct.astype(data.dtype), scale, data, *indices, side=other, out_dtype=aval.dtype)
-    elif side == "input":
-        result = backward(ct.astype(data.dtype), x, data, *indices, side="output", out_dtype=aval.dtype)
+    if ad.is_undefined_primal(x):
+        backward = params | {"transpose": not params["transpose"], "out_dtype": x.aval.dtype}
+        dx = bind(matmul_scaled_p, ct.astype(data.dtype), sums_ct, scale, data, *indices, **backward)
+        results[0] = match_batch(dx, x.aval)
+    elif ad.is_undefined_primal(scale):
+        forward = params | {"out_dtype": scale.aval.dtype}
+        dscale, _ = bind(scaled_matmul_p, x, _add(ct, sums_ct), data, *indices, **forward)
+        results[1] = match_batch(dscale, scale.aval)
     else:
-        result = forward(x, ct, data, *indices, side="output", out_dtype=aval.dtype)
-    results[place] = match_batch(result, aval)
+        results[2] = _weight_gradient(x, _add(ct, sums_ct) * scale, data, *indices, **params)
     return results
 
 
-def _batch(primitive, args, dims, **params):
-    """Vmapped axes become part of the leading axis, or more rows of x where all else but its scale is shared."""
-    rows = [0, 1] if primitive is scaled_matmul_p else [0]
+def _matmul_scaled_transpose(ct, x, bias, scale, data, *indices, out_dtype, **params):
+    del out_dtype  # the cotangent has it
+    operands = [x, bias, scale, data]
+    is_unknown = [ad.is_undefined_primal(operand) for operand in operands]
+    if type(ct) is ad.Zero:
+        results = [ad.Zero(each.aval) if unknown else None for each, unknown in zip(operands, is_unknown, strict=True)]
+    elif is_unknown[3]:
+        results = [None, None, None, _weight_gradient(_add(x, bias) * scale, ct, data, *indices, **params)]
+    else:
+        factor = _add(x, bias) if is_unknown[2] else scale
+        backward = params | {"transpose": not params["transpose"], "out_dtype": data.dtype}
+        product, sums = bind(scaled_matmul_p, ct.astype(data.dtype), factor, data, *indices, **backward)
+        results = [
+            match_batch(result.astype(each.aval.dtype), each.aval) if unknown else None
+            for result, each, unknown in zip((product, sums, product), operands, is_unknown, strict=False)
+        ] + [None]
+    return results + [None] * len(indices)
+
+
+def _batch(primitive, floats, rows, args, dims, **params):
+    """Vmapped axes become part of the leading axis, or more rows of x where only the operands `rows` have them."""
     many = primitive.multiple_results
     if any(dim is not None for i, dim in enumerate(dims) if i not in rows) or dims[0] is None:
-        (x, *rest), like = fold_batch(args, dims, floats=3)
+        (x, *rest), like = fold_batch(args, dims, floats)
         operands = [jnp.broadcast_to(x, (batch_size(x, *rest), *x.shape[1:])), *rest]
         results = bind(primitive, *operands, **params)
         split = [split_axis(result, 0, like, 0, 2) for result in (results if many else [results])]
@@ -161,10 +208,16 @@ def _batch(primitive, args, dims, **params):
 matmul_act_p.def_impl(functools.partial(xla.apply_primitive, matmul_act_p))
 matmul_act_p.def_abstract_eval(_act_abstract)
 ad.primitive_jvps[matmul_act_p] = _act_jvp
-batching.primitive_batchers[matmul_act_p] = functools.partial(_batch, matmul_act_p)
+batching.primitive_batchers[matmul_act_p] = functools.partial(_batch, matmul_act_p, 3, [0])
 
 scaled_matmul_p.def_impl(functools.partial(xla.apply_primitive, scaled_matmul_p))
 scaled_matmul_p.def_abstract_eval(_scaled_abstract)
 ad.primitive_jvps[scaled_matmul_p] = _scaled_jvp
 ad.primitive_transposes[scaled_matmul_p] = _scaled_transpose
-batching.primitive_batchers[scaled_matmul_p] = functools.partial(_batch, scaled_matmul_p)
+batching.primitive_batchers[scaled_matmul_p] = functools.partial(_batch, scaled_matmul_p, 3, [])
+
+matmul_scaled_p.def_impl(functools.partial(xla.apply_primitive, matmul_scaled_p))
+matmul_scaled_p.def_abstract_eval(_matmul_scaled_abstract)
+ad.primitive_jvps[matmul_scaled_p] = _matmul_scaled_jvp
+ad.primitive_transposes[matmul_scaled_p] = _matmul_scaled_transpose
+batching.primitive_batchers[matmul_scaled_p] = functools.partial(_batch, matmul_scaled_p, 4, [0, 2])

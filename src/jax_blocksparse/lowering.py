@@ -9,11 +9,11 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.export import DisabledSafetyCheck
 from jax.interpreters import mlir
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from jax_blocksparse import _native, epilogues, reference, sddmm_layout
 from jax_blocksparse.activations import ACTIVATIONS
-from jax_blocksparse.epilogues import matmul_act_p, scaled_matmul_p
+from jax_blocksparse.epilogues import matmul_act_p, matmul_scaled_p, scaled_matmul_p
 from jax_blocksparse.pattern import INDEX_NAMES
 from jax_blocksparse.plan import choose_layout
 from jax_blocksparse.primitives import matmul_p, sddmm_p
@@ -30,6 +30,9 @@ a later release keeps the old ones.
 
 SMALL_BATCH = 64
 """Up to this many rows of x, blocks are best fetched one by one, in any order."""
+
+SUM_TOKENS = 64
+"""The CUDA kernels sum so many rows of y; XLA sums these sums. The same as kSumTokens in cuda/epilogue.h."""
 
 _DTYPES = {"cpu": ("float32", "float64", "bfloat16", "float16"), "cuda": ("float32", "bfloat16", "float16")}
 
@@ -51,7 +54,7 @@ def _cpu_matmul(ctx, *operands, transpose, **_):
 def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=None, with_slope=False, **params):
     """The custom call for y = act(x W + bias) * scale, which takes and gives empty arrays for what is left out.
 
-    Operands are pairs of a value and its type.
+    Operands are pairs of a value and its type. There are column sums where there is a scale.
     """
     transpose, shape = params["transpose"], params["shape"]
     operands = [x, data, *indices]
@@ -64,19 +67,27 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
     batch = max(data[1].shape[0], indices[0][1].shape[0])
     y = ctx.avals_out[0]
     slope = y if with_slope else ShapedArray((0,), y.dtype)
+    sums = ShapedArray((0, 0, 0), np.float32)
+    if scale is not None:
+        spec = PartitionSpec(y.sharding.spec[0], None, None)
+        shape = (y.shape[0], -(-y.shape[1] // SUM_TOKENS), y.shape[2])
+        sums = y.update(shape=shape, dtype=np.dtype(np.float32), sharding=y.sharding.update(spec=spec))
     # Where the kernel wants the blocks in its own order, it puts them here.
     workspace = ShapedArray((batch, *data[1].shape[1:]) if packs else (0,), data[1].dtype)
 
-    ctx = ctx.replace(avals_in=[aval for _, aval in operands], avals_out=[y, slope, workspace])
-    results = jax.ffi.ffi_lowering(_native.MATMUL_TARGET)(
-        ctx,
+    call_ctx = ctx.replace(avals_in=[aval for _, aval in operands], avals_out=[y, slope, sums, workspace])
+    y, slope, partial_sums, _ = jax.ffi.ffi_lowering(_native.MATMUL_TARGET)(
+        call_ctx,
         *(value for value, _ in operands),
         transpose=transpose,
         activation=np.int32(ACTIVATIONS.index(activation)),
         tile_features=np.int32(layout.tile_features),
         capacity=np.int32(layout.capacity),
     )
-    return results[: 2 if with_slope else 1]
+    if scale is not None:
+        sum_ctx = ctx.replace(avals_in=[sums], avals_out=ctx.avals_out[1:])
+        return [y, *_lower_plain(sum_ctx, lambda sums: [sums.sum(1)], (partial_sums,))]
+    return [y, slope] if with_slope else [y]
 
 
 def _cuda_matmul(ctx, *operands, **params):
@@ -89,7 +100,7 @@ def _cuda_matmul_act(ctx, *operands, **params):
     return _cuda_product(ctx, x, data, indices, bias=bias, **params)
 
 
-def _cuda_scaled_matmul(ctx, *operands, side, **params):
+def _cuda_scaled_matmul(ctx, *operands, **params):
     x, scale, data, *indices = zip(operands, ctx.avals_in, strict=True)
     return _cuda_product(ctx, x, data, indices, scale=scale, **params)
 
@@ -157,7 +168,7 @@ def _fused(cuda_call: Callable[..., Any], plain: Callable[..., Any]) -> Any:
     def rule(ctx, *operands, **params):
         is_native = str(ctx.avals_in[0].dtype) in _DTYPES["cuda"] and params["implementation"] != "xla"
         if ctx.primitive is scaled_matmul_p:  # the kernels scale their result, with numbers of its dtype
-            is_native &= params["side"] == "output" and ctx.avals_in[1].dtype == ctx.avals_out[0].dtype
+            is_native &= ctx.avals_in[1].dtype == ctx.avals_out[0].dtype
         rule = cuda_call if is_native else _composed(plain)
         return rule(ctx, *operands, **params)
 
@@ -184,7 +195,8 @@ for _primitive, _cpu_call, _cuda_call, _plain in (
 for _primitive, _cuda_call, _plain in (
     (matmul_act_p, _cuda_matmul_act, epilogues.matmul_act),
     (scaled_matmul_p, _cuda_scaled_matmul, epilogues.scaled_matmul),
+    (matmul_scaled_p, None, epilogues.matmul_scaled),
 ):
     mlir.register_lowering(_primitive, _composed(_plain))
-    if _native.has_cuda():
+    if _cuda_call is not None and _native.has_cuda():
         mlir.register_lowering(_primitive, _fused(_cuda_call, _plain), platform="cuda")

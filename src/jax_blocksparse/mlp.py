@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_blocksparse.activations import Activation, check_activation
-from jax_blocksparse.epilogues import bind_act, matmul_act_p, scaled_matmul_p, wide_bias
+from jax_blocksparse.epilogues import bind_act, matmul_act_p, matmul_scaled_p, wide_bias
 from jax_blocksparse.matrix import BlockSparseMatrix
 from jax_blocksparse.ops import (
     Implementation,
@@ -116,9 +116,8 @@ def _mlp_jvp(activation, options_in, options_out, primals, tangents):
 
     pre_dot = bind(matmul_p, x_dot, data_in, *indices_in, **options_in)
     pre_dot += bind(matmul_p, x, data_in_dot, *indices_in, **options_in)
-    pre_dot += jnp.broadcast_to(bias_in_dot, pre_dot.shape).astype(pre_dot.dtype)
-    # The transpose of this product is the one that is scaled as it is written.
-    y_dot = bind(scaled_matmul_p, pre_dot, slope, data_out, *indices_out, side="input", **options_out)
+    # The transpose of this product is the one that is scaled, and summed for the bias, as it is written.
+    y_dot = bind(matmul_scaled_p, pre_dot, bias_in_dot[None], slope, data_out, *indices_out, **options_out)
     y_dot += bind(matmul_p, hidden, data_out_dot, *indices_out, **options_out)
     y_dot += jnp.broadcast_to(bias_out_dot, y_dot.shape).astype(y_dot.dtype)
     return y, y_dot
