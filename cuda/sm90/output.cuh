@@ -19,17 +19,16 @@ namespace jax_blocksparse::sm90 {
 template <typename T, int kTokens, int kWarpgroups>
 class OutputWriter {
  public:
-  // In shared memory, for each warpgroup. Where there are four of them, one works while another one waits for its
-  // stores.
-  static constexpr int kPieces = kWarpgroups > 2 || kTokens == 64 ? 2 : 4;
-  static constexpr int kSharedBytes = kWarpgroups * kPieces * kPieceBytes;
+  // For pieces in shared memory, for each warpgroup. Where there are four of them, one works while another one waits.
+  static constexpr int kRooms = kWarpgroups > 2 || kTokens == 64 ? 2 : 4;
+  static constexpr int kSharedBytes = kWarpgroups * kRooms * kPieceBytes;
   static_assert(kTokens % kPieceTokens == 0 && kTokens % kSumTokens == 0);
-  static_assert(kPieceTokens * 2 == kSumTokens, "every other piece completes column sums");
-  static_assert(kPieceTokens * kGroup * 2 == kPieceBytes && kPieces >= 2, "two pieces have room for one of floats");
-  static_assert(kTokens / kPieceTokens % kPieces == 0, "the next tile begins with the first piece again");
+  static_assert(kSumTokens % kPieceTokens == 0, "a piece completes column sums");
+  static_assert(kPieceTokens * kGroup * 2 == kPieceBytes && kRooms >= 2, "two rooms are enough for a piece of floats");
+  static_assert(kTokens / kPieceTokens % kRooms == 0, "the next tile begins with the first room again");
 
   __device__ OutputWriter(const KernelParams& p, std::uint32_t shared, int warpgroup)
-      : p_(p), pieces_(shared + warpgroup * kPieces * kPieceBytes), warpgroup_(warpgroup) {}
+      : p_(p), rooms_(shared + warpgroup * kRooms * kPieceBytes), warpgroup_(warpgroup) {}
 
   // The biases of the lane's features in a tile: for Write, but asked for before the last products are waited for.
   __device__ float2 LoadBiases(const Tile& tile) const {
@@ -46,7 +45,6 @@ class OutputWriter {
   __device__ void Write(const float (&sum)[kTokens / 2], float2 biases, const Tile& tile, int token, Ring& ring,
                         std::uint32_t stages, int stage_bytes, const Release& release) {
     thread_ = Opaque(threadIdx.x % 128);
-    piece_ = 0;
     if (p_.epilogue.IsIdentity()) {
       p_.f32_output ? WriteFloats(sum, tile, token) : WriteHalves(sum, tile, token);
       return;
@@ -68,11 +66,7 @@ class OutputWriter {
   }
 
  private:
-  using Part = float[8];            // what a lane has of its warp's 16 features x 16 tokens
-  using Packed = std::uint32_t[4];  // the same in 16 bits, pairs of tokens
-
   __device__ bool IsStorer() const { return threadIdx.x % 128 == 0; }
-  __device__ std::uint32_t Piece() const { return pieces_ + piece_ * kPieceBytes; }
   // Of the lane's two features the first; the other one is 8 further.
   __device__ int FeatureOf(const Tile& tile) const {
     return tile.feature + static_cast<int>(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4);
@@ -85,88 +79,102 @@ class OutputWriter {
   __device__ void WriteHalves(const float (&sum)[kTokens / 2], const Tile& tile, int token) {
 #pragma unroll
     for (int first = 0; first < kTokens; first += kPieceTokens) {
-#pragma unroll
-      for (int i = 0; i < kPieceTokens; i += 16) {
-        Packed packed;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) packed[j] = Pack<T>(sum[(first + i) / 2 + j * 2], sum[(first + i) / 2 + j * 2 + 1]);
-        Stage(i, packed);
-      }
-      StoreStaged(&p_.y, tile, token + first);
+      std::uint32_t packed[kPieceTokens / 4];
+      const int room = first / kPieceTokens % kRooms;
+      PackAll(sum + first / 2, packed);
+      Stage(packed, room, 0);
+      CompleteStaged<kRooms - 2>();
+      if (IsStorer()) Store(&p_.y, tile, token + first, room);
     }
   }
 
-  // The sums of a piece are copied, because registers cannot be indexed by a loop that is not unrolled; unrolled it
-  // would outgrow the instruction cache.
+  // The sums are copied, because registers cannot be indexed by a loop that is not unrolled; unrolled it would outgrow
+  // the instruction cache.
   __device__ void FinishAndWrite(const float (&sum)[kTokens / 2], float2 biases, const Tile& tile, int token,
                                  std::uint32_t scale) {
+    constexpr int kPart = kWarpgroups > 2 ? kPieceTokens / 2 : kPieceTokens;  // tokens; more want more registers
     const Epilogue& epilogue = p_.epilogue;
+    const bool has_slope = epilogue.slope != nullptr;
     float2 column_sums = {0.f, 0.f};
+    int room = 0;
 #pragma unroll 1
     for (int first = 0; first < kTokens; first += kPieceTokens) {
-      Packed slopes[kPieceTokens / 16];
+      if (kRooms == 2 && has_slope) {
+        if (IsStorer()) WaitForStoreReads<0>();
+        SyncWarpgroup(warpgroup_ + 1);
+      }
 #pragma unroll
-      for (int i = 0; i < kPieceTokens / 16; ++i) {
-        Part values;
+      for (int part = 0; part < kPieceTokens; part += kPart) {
+        float values[kPart / 2];
+        std::uint32_t packed[kPart / 4], slopes[kPart / 4];
 #pragma unroll
-        for (int j = 0; j < kTokens; j += kPieceTokens) {
-          if (j != first) continue;
+        for (int i = 0; i < kTokens; i += kPieceTokens) {
+          if (i != first) continue;
 #pragma unroll
-          for (int k = 0; k < 8; ++k) values[k] = Opaque(sum[j / 2 + i * 8 + k]);
+          for (int j = 0; j < kPart / 2; ++j) values[j] = Opaque(sum[(i + part) / 2 + j]);
         }
-        Activate(values, slopes[i], biases);
-        if (epilogue.scale != nullptr) Scale(values, scale + MatrixRow(first + i * 16));
+        WithActivation(epilogue.activation,
+                       [&](auto activation) { Apply<decltype(activation)::value>(values, slopes, biases); });
+        if (epilogue.scale != nullptr) Scale(values, scale, first + part);
         if (epilogue.column_sums != nullptr) AddTo(column_sums, values);
-        Packed packed;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) packed[j] = Pack<T>(values[j * 2], values[j * 2 + 1]);
-        Stage(i * 16, packed);
+        PackAll(values, packed);
+        Stage(packed, room, part);
+        if (has_slope) Stage(slopes, room + 1, part);
       }
-      StoreStaged(&p_.y, tile, token + first);
-      if (epilogue.slope != nullptr) {
-#pragma unroll
-        for (int i = 0; i < kPieceTokens / 16; ++i) Stage(i * 16, slopes[i]);
-        StoreStaged(&p_.slope, tile, token + first);
-      }
-      if (epilogue.column_sums != nullptr && first % kSumTokens != 0) {
-        StoreColumnSums(column_sums, tile, token + first - kPieceTokens);
+      CompleteStaged<0>();
+      if (IsStorer()) Store(&p_.y, tile, token + first, room);
+      if (has_slope && IsStorer()) Store(&p_.slope, tile, token + first, room + 1);
+      room = (room + 1 + has_slope) % kRooms;
+      if (epilogue.column_sums != nullptr && (first + kPieceTokens) % kSumTokens == 0) {
+        StoreColumnSums(column_sums, tile, token + first + kPieceTokens - kSumTokens);
         column_sums = {0.f, 0.f};
       }
     }
   }
 
-  // Of a part's values, two at a time belong to the same feature, the two features taking turns.
-  __device__ void Activate(Part& values, Packed& slopes, float2 biases) const {
-    WithActivation(p_.epilogue.activation, [&](auto activation) {
+  // Two values at a time, of neighbouring tokens, belong to the same of the lane's features.
+  template <Activation kActivation, int kValues>
+  __device__ static void Apply(float (&values)[kValues], std::uint32_t (&slopes)[kValues / 2], float2 biases) {
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        const float bias = i % 4 == 0 ? biases.x : biases.y;
-        const auto even = jax_blocksparse::Activate<decltype(activation)::value>(values[i] + bias);
-        const auto odd = jax_blocksparse::Activate<decltype(activation)::value>(values[i + 1] + bias);
-        values[i] = even.value;
-        values[i + 1] = odd.value;
-        slopes[i / 2] = Pack<T>(even.slope, odd.slope);
-      }
-    });
-  }
-
-  __device__ static void Scale(Part& values, std::uint32_t matrix_row) {
-    Packed scales;
-    LoadMatrices<true>(scales, matrix_row);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = Unpack<T>(scales[i]);
-      values[i * 2] *= pair.x;
-      values[i * 2 + 1] *= pair.y;
+    for (int i = 0; i < kValues; i += 2) {
+      const float bias = i % 4 == 0 ? biases.x : biases.y;
+      const ValueAndSlope even = Activate<kActivation>(values[i] + bias),
+                          odd = Activate<kActivation>(values[i + 1] + bias);
+      values[i] = even.value;
+      values[i + 1] = odd.value;
+      slopes[i / 2] = Pack<T>(even.slope, odd.slope);
     }
   }
 
-  __device__ static void AddTo(float2& sums, const Part& values) {
+  // By the tokens of `scale` that follow `first`.
+  template <int kValues>
+  __device__ void Scale(float (&values)[kValues], std::uint32_t scale, int first) const {
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
+    for (int i = 0; i < kValues; i += 8) {
+      std::uint32_t scales[4];
+      LoadMatrices<true>(scales, scale + MatrixRow(first + i * 2));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = Unpack<T>(scales[j]);
+        values[i + j * 2] *= pair.x;
+        values[i + j * 2 + 1] *= pair.y;
+      }
+    }
+  }
+
+  template <int kValues>
+  __device__ static void AddTo(float2& sums, const float (&values)[kValues]) {
+#pragma unroll
+    for (int i = 0; i < kValues; i += 4) {
       sums.x += values[i] + values[i + 1];
       sums.y += values[i + 2] + values[i + 3];
     }
+  }
+
+  template <int kWords>
+  __device__ static void PackAll(const float* values, std::uint32_t (&packed)[kWords]) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) packed[i] = Pack<T>(values[i * 2], values[i * 2 + 1]);
   }
 
   // Adds up what the four lanes of the same features have.
@@ -184,28 +192,33 @@ class OutputWriter {
     if (feature + 8 < p_.out_features) to[feature + 8] = sums.y;
   }
 
-  // Puts 16 tokens of a piece where they belong in it.
-  __device__ void Stage(int token, const Packed& packed) const {
-    StoreMatricesTransposed(Piece() + MatrixRow(token), packed[0], packed[1], packed[2], packed[3]);
+  // Puts tokens of a piece, from `token` on, where they belong.
+  template <int kWords>
+  __device__ void Stage(const std::uint32_t (&packed)[kWords], int room, int token) const {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      StoreMatricesTransposed(rooms_ + room * kPieceBytes + MatrixRow(token + i * 4), packed[i], packed[i + 1],
+                              packed[i + 2], packed[i + 3]);
+    }
   }
 
-  // Stores a piece of an array like y. The one barrier says that the piece is complete and that the next one's room is
-  // free again.
-  __device__ void StoreStaged(const CUtensorMap* to, const Tile& tile, int token) {
+  // Waits until what all threads have staged can be stored and all but the last kPending stores have left their rooms.
+  template <int kPending>
+  __device__ void CompleteStaged() const {
     FenceForCopies();
-    if (IsStorer()) WaitForStoreReads<kPieces - 2>();
+    if (IsStorer()) WaitForStoreReads<kPending>();
     SyncWarpgroup(warpgroup_ + 1);
-    if (IsStorer()) {
-      StoreTensor(to, tile.feature + warpgroup_ * kGroup, token, tile.batch, Piece());
-      CommitStores();
-    }
-    piece_ = (piece_ + 1) % kPieces;
+  }
+
+  __device__ void Store(const CUtensorMap* to, const Tile& tile, int token, int room) const {
+    StoreTensor(to, tile.feature + warpgroup_ * kGroup, token, tile.batch, rooms_ + room * kPieceBytes);
+    CommitStores();
   }
 
   // As floats, a piece is two boxes of 32 features, which take the room of two.
   __device__ void WriteFloats(const float (&sum)[kTokens / 2], const Tile& tile, int token) const {
     const int row = thread_ / 32 % 2 * 16 + thread_ % 32 / 4;
-    const std::uint32_t box = pieces_ + thread_ / 64 * kPieceBytes + row % 4 * 4;
+    const std::uint32_t box = rooms_ + thread_ / 64 * kPieceBytes + row % 4 * 4;
 #pragma unroll
     for (int first = 0; first < kTokens; first += kPieceTokens) {
       if (IsStorer()) WaitForStoreReads<0>();
@@ -219,19 +232,17 @@ class OutputWriter {
       SyncWarpgroup(warpgroup_ + 1);
       if (IsStorer()) {
         const int feature = tile.feature + warpgroup_ * kGroup;
-        StoreTensor(&p_.y, feature, token + first, tile.batch, pieces_);
-        StoreTensor(&p_.y, feature + 32, token + first, tile.batch, pieces_ + kPieceBytes);
+        StoreTensor(&p_.y, feature, token + first, tile.batch, rooms_);
+        StoreTensor(&p_.y, feature + 32, token + first, tile.batch, rooms_ + kPieceBytes);
         CommitStores();
       }
     }
   }
 
   const KernelParams& p_;
-  std::uint32_t pieces_;
+  std::uint32_t rooms_;
   int warpgroup_;
-  // Set for each tile anew, so that they take no registers from the products.
-  int thread_;  // of the warpgroup
-  int piece_;   // the next to be filled
+  int thread_;  // of the warpgroup; set for each tile anew, so that it takes no register from the products
 };
 
 }  // namespace jax_blocksparse::sm90
