@@ -16,30 +16,36 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_blocksparse as jbs
+from jax_blocksparse import activations
 
 SHAPE = (328, 392)  # what tensor copies accept, and multiples of no tile
 ODD_SHAPE = (61, 45)
 PAIRED = ((128, (2056, 2056)), (32, (3080, 2056)))  # large enough for tiles of dW that share copies
 
 
-def products(dtype, block_size, tokens, shape, *, density=0.4, activation=None, damage=False):
+def damaged(w):
+    """The matrix with random numbers in its index arrays."""
+    random = np.random.default_rng(0)
+    wild = np.array([-(2**31), -1, 0, 1, 2, 3, 7, 1000, 2**20 + 5, 2**31 - 1])
+    leaves = {
+        name: jnp.asarray(np.where(random.random(leaf.shape) < 0.3, random.choice(wild, leaf.shape), leaf))
+        for name in jbs.pattern.INDEX_NAMES
+        for leaf in [np.asarray(getattr(w.pattern, name))]
+    }
+    leaves = {name: leaf.astype(jnp.int32) for name, leaf in leaves.items()}
+    return dataclasses.replace(w, pattern=dataclasses.replace(w.pattern, **leaves))
+
+
+def products(dtype, block_size, tokens, shape, *, density=0.4, damage=False):
     """Compares y, dx and dW with NumPy, or only computes them if the index arrays are damaged."""
     w = cases.random_w(shape, block_size, density=density, dtype=dtype)
     if damage:
-        random = np.random.default_rng(0)
-        wild = np.array([-(2**31), -1, 0, 1, 2, 3, 7, 1000, 2**20 + 5, 2**31 - 1])
-        leaves = {
-            name: jnp.asarray(np.where(random.random(leaf.shape) < 0.3, random.choice(wild, leaf.shape), leaf))
-            for name in jbs.pattern.INDEX_NAMES
-            for leaf in [np.asarray(getattr(w.pattern, name))]
-        }
-        leaves = {name: leaf.astype(jnp.int32) for name, leaf in leaves.items()}
-        w = dataclasses.replace(w, pattern=dataclasses.replace(w.pattern, **leaves))
+        w = damaged(w)
     x, dy = (cases.normal((tokens, size), dtype, seed=1) for size in shape)
 
     @jax.jit
     def run(x, dy, w):
-        y = jbs.matmul(x, w, activation=activation, implementation="native")
+        y = jbs.matmul(x, w, implementation="native")
         dx = jbs.matmul(dy, w.T, implementation="native")
         return y, dx, jbs.sddmm(x, dy, w.pattern, implementation="native")
 
@@ -48,13 +54,37 @@ def products(dtype, block_size, tokens, shape, *, density=0.4, activation=None, 
         return
     dense, x, dy = cases.dense(w), cases.wide(x), cases.wide(dy)
     wanted = x @ dense, dy @ dense.T, cases.sampled(x.T @ dy, w.pattern)
-    if activation is not None:
-        wanted = (np.maximum(wanted[0], 0), *wanted[1:])
     for name, got, want in zip(("y", "dx", "dW"), results, wanted, strict=True):
         error = cases.relative_error(got, want)
         assert error < (1e-5 if dtype == "float32" else 6e-3), (
             f"{name} {dtype} {block_size} {tokens}: error {error:.1e}"
         )
+
+
+def layer(dtype, block_size, activation, *, damage=False):
+    """Compares the gradients of a fused layer with those of plain JAX, or only computes them."""
+    make = damaged if damage else lambda w: w
+    w_in, w_out = (make(cases.random_w(shape, block_size, density=0.4, dtype=dtype)) for shape in (SHAPE, SHAPE[::-1]))
+    x, ct = (cases.normal((300, SHAPE[0]), dtype, seed=i) for i in (1, 2))
+    biases = [cases.normal(size, "float32", seed=3) for size in SHAPE[::-1]]
+
+    def fused(x, data_in, data_out, *biases):
+        matrices = jbs.BlockSparseMatrix(data_in, w_in.pattern), jbs.BlockSparseMatrix(data_out, w_out.pattern)
+        options = {"activation": activation, "implementation": "native"}
+        return jbs.mlp(x, *matrices, bias_in=biases[0], bias_out=biases[1], **options)
+
+    def plain(x, data_in, data_out, *biases):
+        matrices = [jbs.BlockSparseMatrix(d, w.pattern).todense() for d, w in ((data_in, w_in), (data_out, w_out))]
+        return activations.value(activation, x @ matrices[0] + biases[0]) @ matrices[1] + biases[1]
+
+    args = x, w_in.data, w_out.data, *biases
+    got = jax.block_until_ready(jax.jit(lambda ct, *args: jax.vjp(fused, *args)[1](ct))(ct, *args))
+    if damage:
+        return
+    args = [jnp.asarray(arg, "float32") for arg in args]
+    for i, (each, want) in enumerate(zip(got, jax.vjp(plain, *args)[1](jnp.asarray(ct, "float32")), strict=True)):
+        error = cases.relative_error(each, cases.wide(want))
+        assert error < 2e-2, f"gradient {i} of {activation} {dtype} {block_size}: error {error:.1e}"
 
 
 def main():
@@ -68,12 +98,20 @@ def main():
         products(*check)
     for b, tokens in itertools.product(jbs.BLOCK_SIZES, (33, 300)):
         products("bfloat16", b, tokens, SHAPE, damage=True)
-    for b in (16, 64):
-        products("bfloat16", b, 300, SHAPE, activation="relu")
     for b, shape in PAIRED:
         products("bfloat16", b, 300, shape, density=0.5)
         products("bfloat16", b, 300, shape, density=0.5, damage=True)
-    print(f"{len(checks) + 2 * len(jbs.BLOCK_SIZES) + 2 + 2 * len(PAIRED)} checks")
+    layers = [
+        *(("bfloat16", b, "gelu_tanh") for b in jbs.BLOCK_SIZES),
+        *(("float16", 16, activation) for activation in activations.ACTIVATIONS),
+        *(("bfloat16", 64, activation) for activation in activations.ACTIVATIONS),
+        ("float32", 32, "silu"),
+    ]
+    for each in layers:
+        layer(*each)
+    for b in (32, 128):
+        layer("bfloat16", b, "relu", damage=True)
+    print(f"{len(checks) + 2 * len(jbs.BLOCK_SIZES) + 2 * len(PAIRED) + len(layers) + 2} checks")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 import jax_blocksparse as jbs
@@ -72,6 +73,39 @@ def test_vmap(device):
     args, x = weights("float32"), cases.normal((4, 5, K), "float32", seed=3)
     together = jax.vmap(fused, (0, None, None, None, None))(x, *args)
     np.testing.assert_allclose(together, fused(x, *args), rtol=1e-5, atol=1e-5)
+
+
+def gradients(x, w_in, w_out, *biases):
+    def loss(x, data_in, data_out, *biases):
+        matrices = (jbs.BlockSparseMatrix(data_in, w_in.pattern), jbs.BlockSparseMatrix(data_out, w_out.pattern))
+        return jnp.sin(fused(x, *matrices, *biases)).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2, 3, 4))(x, w_in.data, w_out.data, *biases)
+
+
+@pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (0, 0, 0)], ids=str)
+def test_vmap_of_gradients(axes, device):
+    """A gradient for each example; biases are the operands whose gradients sum over rows."""
+    w_in, w_out, *biases = weights("float32")
+    operands = [cases.normal((4, 5, K), "float32", seed=3), *(np.stack([bias] * 4) for bias in biases)]
+    operands = [each if axis == 0 else each[0] for each, axis in zip(operands, axes, strict=True)]
+    got = jax.vmap(lambda x, *biases: gradients(x, w_in, w_out, *biases), axes)(*operands)
+    for i in range(4):
+        x, *biases = (each[i] if axis == 0 else each for each, axis in zip(operands, axes, strict=True))
+        for one, wanted in zip(got, gradients(x, w_in, w_out, *biases), strict=True):
+            np.testing.assert_allclose(one[i], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_gradients_of_sharded_rows(axis_type, devices):
+    x, args = cases.normal((4, 5, K), "float32", seed=3), weights("float32")
+    wanted = gradients(x, *args)
+    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(axis_type,), devices=devices)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+        whole = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), NamedSharding(mesh, PartitionSpec())), args)
+        for got, want in zip(jax.jit(gradients)(rows, *whole), wanted, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_products_of_a_training_step(device):
