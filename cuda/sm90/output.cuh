@@ -51,10 +51,15 @@ class OutputWriter {
     }
     const bool is_scaled = p_.epilogue.scale != nullptr;
 #pragma unroll 1
-    for (int i = is_scaled ? 0 : warpgroup_; i < (is_scaled ? kWarpgroups : warpgroup_ + 1); ++i) {
+    for (int i = 0; i < kWarpgroups; ++i) {
       if (is_scaled) ring.WaitFull();
-      if (i == warpgroup_) FinishAndWrite(sum, biases, tile, token, stages + ring.stage() * stage_bytes);
-      if (!is_scaled) break;
+      if (i == warpgroup_) {
+        const std::uint32_t scale = stages + ring.stage() * stage_bytes;
+        WithActivation(p_.epilogue.activation, [&](auto activation) {
+          FinishAndWrite<decltype(activation)::value>(sum, biases, tile, token, scale);
+        });
+      }
+      if (!is_scaled) continue;
       __syncwarp();
       release(ring.empty());
       ring.Advance();
@@ -89,7 +94,8 @@ class OutputWriter {
   }
 
   // The sums are copied, because registers cannot be indexed by a loop that is not unrolled; unrolled it would outgrow
-  // the instruction cache.
+  // the instruction cache. There is a loop for each activation: a switch inside costs up to 45 us in 750.
+  template <Activation kActivation>
   __device__ void FinishAndWrite(const float (&sum)[kTokens / 2], float2 biases, const Tile& tile, int token,
                                  std::uint32_t scale) {
     constexpr int kPart = kWarpgroups > 2 ? kPieceTokens / 2 : kPieceTokens;  // tokens; more want more registers
@@ -113,8 +119,7 @@ class OutputWriter {
 #pragma unroll
           for (int j = 0; j < kPart / 2; ++j) values[j] = Opaque(sum[(i + part) / 2 + j]);
         }
-        WithActivation(epilogue.activation,
-                       [&](auto activation) { Apply<decltype(activation)::value>(values, slopes, biases); });
+        Apply<kActivation>(values, slopes, biases);
         if (epilogue.scale != nullptr) Scale(values, scale, first + part);
         if (epilogue.column_sums != nullptr) AddTo(column_sums, values);
         PackAll(values, packed);
