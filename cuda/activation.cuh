@@ -23,8 +23,13 @@ __device__ __forceinline__ ValueAndSlope Activate(float x) {
   if constexpr (kActivation == Activation::kRelu) {
     return {x > 0.f || x != x ? x : 0.f, x > 0.f ? 1.f : 0.f};
   } else if constexpr (kActivation == Activation::kGeluExact) {
-    const float below = 0.5f * erfcf(-0.70710678f * x);  // the normal distribution's integral up to x
-    return {x * below, below + x * 0.39894228f * Exp2Approx(-0.5f * kLog2E * x * x)};
+    // The normal distribution's integral beyond |x|, by formula 7.1.26 of Abramowitz and Stegun: right to 3e-7.
+    const float bell = Exp2Approx(-0.5f * kLog2E * x * x);
+    const float t = ReciprocalApprox(1.f + 0.3275911f * 0.70710678f * fabsf(x));
+    const float inner = 0.7107068705f + t * (-0.726576013f + t * 0.5307027145f);
+    const float beyond = t * (0.127414796f + t * (-0.142248368f + t * inner)) * bell;
+    const float below = x > 0.f ? 1.f - beyond : beyond;
+    return {x * below, below + x * 0.39894228f * bell};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     // 0.5 x (1 + tanh(u)) is x / (1 + exp(-2 u)), which loses no digits where tanh is close to -1.
     constexpr float kScale = -2.f * 0.79788456f, kCubic = 0.044715f;
