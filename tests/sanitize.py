@@ -20,6 +20,8 @@ import jax_blocksparse as jbs
 SHAPE = (328, 392)  # what tensor copies accept, and multiples of no tile
 ODD_SHAPE = (61, 45)
 PAIRED = ((128, (2056, 2056)), (32, (3080, 2056)))  # large enough for tiles of dW that share copies
+MANY_TOKENS = 4400  # with these shapes, more tiles of any size than an H100 has SMs
+WIDE, TALL = (136, 1032), (1032, 136)
 
 
 def products(dtype, block_size, tokens, shape, *, density=0.4, activation=None, damage=False):
@@ -66,6 +68,10 @@ def main():
     ]
     for check in checks:
         products(*check)
+    # Large tiles, several for each SM; at the lower density blocks of 128 have another kernel.
+    large = [*itertools.product(("bfloat16", "float16"), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4, 0.1))]
+    for dtype, b, shape, density in large:
+        products(dtype, b, MANY_TOKENS, shape, density=density)
     for b, tokens in itertools.product(jbs.BLOCK_SIZES, (33, 300)):
         products("bfloat16", b, tokens, SHAPE, damage=True)
     for b in (16, 64):
@@ -73,7 +79,7 @@ def main():
     for b, shape in PAIRED:
         products("bfloat16", b, 300, shape, density=0.5)
         products("bfloat16", b, 300, shape, density=0.5, damage=True)
-    print(f"{len(checks) + 2 * len(jbs.BLOCK_SIZES) + 2 + 2 * len(PAIRED)} checks")
+    print(f"{len(checks) + len(large) + 2 * len(jbs.BLOCK_SIZES) + 2 + 2 * len(PAIRED)} checks")
 
 
 if __name__ == "__main__":

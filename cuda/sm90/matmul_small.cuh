@@ -116,6 +116,11 @@ struct StepWord<8> {
   static __device__ __forceinline__ int OffsetOfLane(int, int lane) { return lane * 4; }
 };
 
+// Orders all lanes' reads of a stage before it is handed back. They are over by then, since products have taken what
+// was read, and the compiler knows that the warp is converged: it would drop a plain __syncwarp(), which tools that
+// look for races need to see.
+__device__ __forceinline__ void SyncReads() { __syncwarp(Opaque(kAllLanes)); }
+
 // Steps are (chunk, position of the first block, number of blocks, unused).
 template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
 __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>::kThreads, 1)
@@ -184,27 +189,42 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
     for (int round = 1; tile.steps >= 0; ++round) {
       const Tile following = tiles.Load(round);
       float sum[S::kTokens / 2] = {};
-      std::uint32_t window = 0;  // the words of 32 steps, one in each lane
-      std::uint32_t held = 0;    // the barrier of the stage that products under way still read, if any
+      int i = 0;                   // the step
+      std::uint32_t window = 0;    // the words of 32 steps, one in each lane
+      std::uint32_t occupied = 0;  // a bit for each of them: whether the group has any block there
+      std::uint32_t held = 0;      // the barrier of the stage that products under way still read, if any
       const auto finish = [&] {
         WaitForProducts<0>();
-        __syncwarp();  // every lane has read its part of the blocks
+        SyncReads();
         if (held != 0 && lane == 0) Arrive(held);
         held = 0;
       };
+      // Goes on to the next step in which the group has a block, if there is one. The others are handed back unread,
+      // but not before they are full: who runs ahead of the copies could mistake a barrier's phase for the next but
+      // one.
+      const auto find = [&] {
+        for (; i < tile.steps; ++i) {
+          if (i % 32 == 0) {
+            window = Word::Make(next.own, next.common, p.capacity);
+            occupied = __ballot_sync(kAllLanes, next.common >> kDepthsShift & 15);
+            next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
+          }
+          if (!ring.IsFull()) {
+            finish();  // a stage is not held while waiting for copies
+            ring.WaitFull();
+          }
+          if (occupied >> i % 32 & 1) return true;
+          if (lane == 0) Arrive(ring.empty());
+          ring.Advance();
+        }
+        return false;
+      };
 
       using Fragments = std::uint32_t[S::kDepths][4];
-      // Step `i`, by the registers `a`; the products of the last step may still run and read `last_a`.
-      const auto multiply = [&](int i, Fragments& a, Fragments& last_a) {
-        if (i % 32 == 0) {
-          window = Word::Make(next.own, next.common, p.capacity);
-          next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
-        }
+      // Takes the step that was found, by the registers `a`; the products of the last one may still run and read
+      // `last_a`.
+      const auto multiply = [&](Fragments& a, Fragments& last_a) {
         const std::uint32_t word = __shfl_sync(kAllLanes, window, i % 32);
-        if (!ring.IsFull()) {
-          finish();  // a stage is not held while waiting for copies
-          ring.WaitFull();
-        }
         if constexpr (!S::kGathersAhead) {
           finish();
           KeepRegisters(sum);
@@ -221,6 +241,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
         KeepRegisters(a);
         held = ring.empty();
         ring.Advance();
+        ++i;
         const std::uint64_t tokens = OperandDescriptor(x);
 #pragma unroll
         for (int k = 0; k < S::kDepths; k += S::kRun) {
@@ -235,16 +256,17 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       if (tile.steps == 0) next = load(following, 0);
       if constexpr (S::kGathersAhead) {
         Fragments even = {}, odd = {};
-        for (int i = 0; i < tile.steps; i += 2) {
-          multiply(i, even, odd);
-          if (i + 1 < tile.steps) multiply(i + 1, odd, even);
+        while (find()) {
+          multiply(even, odd);
+          if (!find()) break;
+          multiply(odd, even);
         }
         finish();
         KeepRegisters(even);
         KeepRegisters(odd);
       } else {
         Fragments a = {};
-        for (int i = 0; i < tile.steps; ++i) multiply(i, a, a);
+        while (find()) multiply(a, a);
         finish();
         KeepRegisters(a);
       }
