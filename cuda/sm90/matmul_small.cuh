@@ -116,11 +116,6 @@ struct StepWord<8> {
   static __device__ __forceinline__ int OffsetOfLane(int, int lane) { return lane * 4; }
 };
 
-// Orders all lanes' reads of a stage before it is handed back. They are over by then, since products have taken what
-// was read, and the compiler knows that the warp is converged: it would drop a plain __syncwarp(), which tools that
-// look for races need to see.
-__device__ __forceinline__ void SyncReads() { __syncwarp(Opaque(kAllLanes)); }
-
 // Steps are (chunk, position of the first block, number of blocks, unused).
 template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
 __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>::kThreads, 1)
@@ -141,7 +136,9 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
     const int stage = i / (S::kBlockBytes / 4), inside = i % (S::kBlockBytes / 4) * 4;
     StoreShared4(stages + stage * stage_bytes + S::kXBytes + p.capacity * S::kBlockBytes + inside, 0);
   }
-  if (threadIdx.x == 0) Ring::Init(barriers, p.stages, 1, S::kWarpgroups * 4);
+  // Stages are handed back by all lanes, each for its own reads. One for its warp would take no less time, and nothing
+  // would order the others' reads before the next copy: the compiler drops a __syncwarp() of a converged warp.
+  if (threadIdx.x == 0) Ring::Init(barriers, p.stages, 1, S::kWarpgroups * 128);
   __syncthreads();
 
   const TileList<S::kTokens, S::kFeatures> tiles(p, blockIdx.x, gridDim.x);
@@ -195,8 +192,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       std::uint32_t held = 0;      // the barrier of the stage that products under way still read, if any
       const auto finish = [&] {
         WaitForProducts<0>();
-        SyncReads();
-        if (held != 0 && lane == 0) Arrive(held);
+        if (held != 0) Arrive(held);
         held = 0;
       };
       // Goes on to the next step in which the group has a block, if there is one. The others are handed back unread,
@@ -214,7 +210,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
             ring.WaitFull();
           }
           if (occupied >> i % 32 & 1) return true;
-          if (lane == 0) Arrive(ring.empty());
+          Arrive(ring.empty());
           ring.Advance();
         }
         return false;
