@@ -284,9 +284,8 @@ cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream
   p.packed = params.data;
   p.capacity = params.capacity;
   p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
-  const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
   constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures>;
-  return LaunchPersistent<kKernel, 1>(p, tiles, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
+  return LaunchPersistent<kKernel, 1>(p, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
                                       stream);
 }
 
