@@ -320,22 +320,31 @@ inline std::int64_t DivideTiles(KernelParams* p, std::int64_t workers) {
   return aligned;
 }
 
-// One CTA for each SM, or not many less, in clusters of kCluster.
-template <auto kKernel, int kCluster>
+// One CTA for each SM, or not many less, in clusters of kCluster. With kPacked, the kernel launched right before is the
+// one that packs W, and this one may begin while that is running. No other kernel may be overlapped with: it could let
+// its dependents begin before x is there.
+template <auto kKernel, int kCluster, bool kPacked>
 cudaError_t LaunchPersistent(KernelParams params, int sms, int threads, int shared_bytes, cudaStream_t stream) {
   if (const cudaError_t error = AllowSharedMemory<kKernel>(kMaxSharedBytes); error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kCluster, 1, 1};
   cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[2];
+  if (kPacked) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  // A cluster of one would still be placed like a cluster: away from the CTAs whose copies of x coincide with its own.
+  // That costs up to an eighth of the speed.
+  if (kCluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {kCluster, 1, 1};
+  }
   config.gridDim = static_cast<unsigned>(DivideTiles(&params, sms / kCluster) * kCluster);
   config.blockDim = static_cast<unsigned>(threads);
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = &cluster;
-  // A cluster of one would still be placed like a cluster: away from the CTAs whose copies of x coincide with its own.
-  // That costs up to an eighth of the speed.
-  config.numAttrs = kCluster > 1 ? 1 : 0;
+  config.attrs = attributes;
   return cudaLaunchKernelEx(&config, kKernel, params);
 }
 

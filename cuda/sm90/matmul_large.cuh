@@ -187,7 +187,7 @@ cudaError_t LaunchLarge(const MatmulParams& params, int sms, cudaStream_t stream
   error = EncodeTensorMap(&p.w,
                           {params.data, kType, 2, kBlock, rows, static_cast<std::uint64_t>(params.data_batch), kChunk});
   if (error != cudaSuccess) return error;
-  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster>, kCluster>(
+  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster>, kCluster, false>(
       p, sms, L::kThreads, L::kSharedBytes, stream);
 }
 

@@ -158,7 +158,10 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       LoadBytes(to + S::kXBytes, static_cast<const unsigned char*>(p.packed) + block * S::kBlockBytes, bytes,
                 ring.full());
     };
-    if (warp == S::kWarpgroups * 4) Produce(p, tiles, ring, lane, copy);
+    if (warp == S::kWarpgroups * 4) {
+      WaitForPrerequisites();  // they pack W
+      Produce(p, tiles, ring, lane, copy);
+    }
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(S::kWarpgroups)>();
@@ -285,8 +288,8 @@ cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream
   p.capacity = params.capacity;
   p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
   constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures>;
-  return LaunchPersistent<kKernel, 1>(p, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
-                                      stream);
+  return LaunchPersistent<kKernel, 1, true>(p, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
+                                            stream);
 }
 
 }  // namespace jax_blocksparse::sm90
