@@ -21,6 +21,8 @@ from jax_blocksparse import activations
 SHAPE = (328, 392)  # what tensor copies accept, and multiples of no tile
 ODD_SHAPE = (61, 45)
 PAIRED = ((128, (2056, 2056)), (32, (3080, 2056)))  # large enough for tiles of dW that share copies
+MANY_TOKENS = 4400  # with these shapes, more tiles of any size than an H100 has SMs
+WIDE, TALL = (136, 1032), (1032, 136)
 
 
 def damaged(w):
@@ -96,6 +98,10 @@ def main():
     ]
     for check in checks:
         products(*check)
+    # Large tiles, several for each SM; at the lower density blocks of 128 have another kernel.
+    large = [*itertools.product(("bfloat16", "float16"), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4, 0.1))]
+    for dtype, b, shape, density in large:
+        products(dtype, b, MANY_TOKENS, shape, density=density)
     for b, tokens in itertools.product(jbs.BLOCK_SIZES, (33, 300)):
         products("bfloat16", b, tokens, SHAPE, damage=True)
     for b, shape in PAIRED:
@@ -111,7 +117,8 @@ def main():
         layer(*each)
     for b in (32, 128):
         layer("bfloat16", b, "relu", damage=True)
-    print(f"{len(checks) + 2 * len(jbs.BLOCK_SIZES) + 2 * len(PAIRED) + len(layers) + 2} checks")
+    count = len(checks) + len(large) + 2 * len(jbs.BLOCK_SIZES) + 2 * len(PAIRED) + len(layers) + 2
+    print(f"{count} checks")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ constexpr int SliceFeatures(int block) { return block < 16 ? 16 : block; }
 // A batch size of 1 shares an operand between all batch elements.
 struct MatmulParams {
   const void* x;  // (x_batch, tokens, in_features)
-  // (data_batch, nnz, block, block). Blocks of 8 to 32: what LaunchPack has made of them. Blocks of 64 and 128: as they
+  // (data_batch, nnz, block, block). Blocks of 8 to 32: what LaunchPack makes of them, which must be the launch right
+  // before. Blocks of 64 and 128: as they
   // are, in any order; where they stick out of W they may hold anything.
   const void* data;
   const std::int32_t* tiles;  // (feature_tiles, 4): tile, its first step, its number of steps, 0; most work first

@@ -194,9 +194,8 @@ cudaError_t LaunchLarge(const MatmulParams& params, int sms, cudaStream_t stream
   error = EncodeTensorMap(&p.w,
                           {params.data, kType, 2, kBlock, rows, static_cast<std::uint64_t>(params.data_batch), kChunk});
   if (error != cudaSuccess) return error;
-  const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
-  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster>, kCluster>(
-      p, tiles, sms, L::kThreads, L::kSharedBytes, stream);
+  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster>, kCluster, false>(
+      p, sms, L::kThreads, L::kSharedBytes, stream);
 }
 
 }  // namespace jax_blocksparse::sm90

@@ -137,7 +137,9 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
     const int stage = i / (S::kBlockBytes / 4), inside = i % (S::kBlockBytes / 4) * 4;
     StoreShared4(stages + stage * stage_bytes + S::kXBytes + p.capacity * S::kBlockBytes + inside, 0);
   }
-  if (threadIdx.x == 0) Ring::Init(barriers, p.stages, 1, S::kWarpgroups * 4);
+  // Stages are handed back by all lanes, each for its own reads. One for its warp would take no less time, and nothing
+  // would order the others' reads before the next copy: the compiler drops a __syncwarp() of a converged warp.
+  if (threadIdx.x == 0) Ring::Init(barriers, p.stages, 1, S::kWarpgroups * 128);
   __syncthreads();
 
   const TileList<S::kTokens, S::kFeatures> tiles(p, blockIdx.x, gridDim.x);
@@ -162,7 +164,10 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       LoadTensor(stages + ring.stage() * stage_bytes, &p.scale, tile.feature + group * kGroup, tile.token,
                  p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
     };
-    if (warp == S::kWarpgroups * 4) Produce(p, tiles, ring, lane, S::kWarpgroups, copy, copy_scale);
+    if (warp == S::kWarpgroups * 4) {
+      WaitForPrerequisites();  // they pack W
+      Produce(p, tiles, ring, lane, S::kWarpgroups, copy, copy_scale);
+    }
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(S::kWarpgroups)>();
@@ -184,36 +189,48 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
                    static_cast<std::uint32_t>(__ldg(list + group_slice * p.max_steps))};
     };
 
-    const auto release = [&](std::uint32_t barrier) {
-      if (lane == 0) Arrive(barrier);
-    };
+    const auto release = [](std::uint32_t barrier) { Arrive(barrier); };
     OutputWriter<T, S::kTokens, S::kWarpgroups> writer(p, output, group);
     Tile tile = tiles.Load(0);
     Masks next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
       const Tile following = tiles.Load(round);
       float sum[S::kTokens / 2] = {};
-      std::uint32_t window = 0;  // the words of 32 steps, one in each lane
-      std::uint32_t held = 0;    // the barrier of the stage that products under way still read, if any
+      int i = 0;                   // the step
+      std::uint32_t window = 0;    // the words of 32 steps, one in each lane
+      std::uint32_t occupied = 0;  // a bit for each of them: whether the group has any block there
+      std::uint32_t held = 0;      // the barrier of the stage that products under way still read, if any
       const auto finish = [&] {
         WaitForProducts<0>();
-        __syncwarp();  // every lane has read its part of the blocks
         if (held != 0) release(held);
         held = 0;
       };
+      // Goes on to the next step in which the group has a block, if there is one. The others are handed back unread,
+      // but not before they are full: who runs ahead of the copies could mistake a barrier's phase for the next but
+      // one.
+      const auto find = [&] {
+        for (; i < tile.steps; ++i) {
+          if (i % 32 == 0) {
+            window = Word::Make(next.own, next.common, p.capacity);
+            occupied = __ballot_sync(kAllLanes, next.common >> kDepthsShift & 15);
+            next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
+          }
+          if (!ring.IsFull()) {
+            finish();  // a stage is not held while waiting for copies
+            ring.WaitFull();
+          }
+          if (occupied >> i % 32 & 1) return true;
+          release(ring.empty());
+          ring.Advance();
+        }
+        return false;
+      };
 
       using Fragments = std::uint32_t[S::kDepths][4];
-      // Step `i`, by the registers `a`; the products of the last step may still run and read `last_a`.
-      const auto multiply = [&](int i, Fragments& a, Fragments& last_a) {
-        if (i % 32 == 0) {
-          window = Word::Make(next.own, next.common, p.capacity);
-          next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
-        }
+      // Takes the step that was found, by the registers `a`; the products of the last one may still run and read
+      // `last_a`.
+      const auto multiply = [&](Fragments& a, Fragments& last_a) {
         const std::uint32_t word = __shfl_sync(kAllLanes, window, i % 32);
-        if (!ring.IsFull()) {
-          finish();  // a stage is not held while waiting for copies
-          ring.WaitFull();
-        }
         if constexpr (!S::kGathersAhead) {
           finish();
           KeepRegisters(sum);
@@ -230,6 +247,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
         KeepRegisters(a);
         held = ring.empty();
         ring.Advance();
+        ++i;
         const std::uint64_t tokens = OperandDescriptor(x);
 #pragma unroll
         for (int k = 0; k < S::kDepths; k += S::kRun) {
@@ -245,9 +263,10 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       float2 biases;
       if constexpr (S::kGathersAhead) {
         Fragments even = {}, odd = {};
-        for (int i = 0; i < tile.steps; i += 2) {
-          multiply(i, even, odd);
-          if (i + 1 < tile.steps) multiply(i + 1, odd, even);
+        while (find()) {
+          multiply(even, odd);
+          if (!find()) break;
+          multiply(odd, even);
         }
         biases = writer.LoadBiases(tile);
         finish();
@@ -255,7 +274,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
         KeepRegisters(odd);
       } else {
         Fragments a = {};
-        for (int i = 0; i < tile.steps; ++i) multiply(i, a, a);
+        while (find()) multiply(a, a);
         biases = writer.LoadBiases(tile);
         finish();
         KeepRegisters(a);
@@ -278,10 +297,9 @@ cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream
   p.packed = params.data;
   p.capacity = params.capacity;
   p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
-  const std::int64_t tiles = params.batch * p.token_tiles * p.feature_tiles;
   constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures>;
-  return LaunchPersistent<kKernel, 1>(p, tiles, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
-                                      stream);
+  return LaunchPersistent<kKernel, 1, true>(p, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
+                                            stream);
 }
 
 }  // namespace jax_blocksparse::sm90

@@ -6,9 +6,9 @@
 // time through shared memory, where ldmatrix puts the elements into place, transposing or not. What bounds it is
 // memory: every warp of the grid has its 2 KB in flight at once.
 #include "../launch.cuh"
-#include "../ptx.cuh"
 #include "pack.h"
 #include "problem.h"
+#include "ptx.cuh"
 
 namespace jax_blocksparse::sm90 {
 namespace {
@@ -27,6 +27,8 @@ __global__ void __launch_bounds__(kWarps * 32) PackKernel(const PackParams p) {
   constexpr int kBlocks = kWarpBytes / kBlockBytes;  // that a warp takes
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32, "a warp takes whole blocks, a row is at least 16 bytes");
   __shared__ __align__(128) unsigned char shared[kWarps][kWarpBytes];
+
+  LaunchDependents();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const std::int64_t groups = CeilDiv(p.nnz, kBlocks);  // of blocks, in each batch element

@@ -85,6 +85,14 @@ __device__ __forceinline__ void GrowRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// ---- Kernels of one stream that overlap ----
+
+// Lets the next kernel begin as soon as all CTAs have said so or are over.
+__device__ __forceinline__ void LaunchDependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Waits until the kernel before is over and what it wrote can be read.
+__device__ __forceinline__ void WaitForPrerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- Tensor copies. Coordinates count elements, innermost first; what lies outside the tensor arrives as zero. ----
 
 __device__ __forceinline__ void LoadTensor(std::uint32_t to, const CUtensorMap* from, int c0, int c1, int c2,
