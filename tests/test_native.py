@@ -8,9 +8,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_blocksparse as jbs
+from jax_blocksparse import sddmm_layout
+from jax_blocksparse.plan import choose_layout, flat_size
 
 TESTS = Path(__file__).parent
 
@@ -105,7 +108,7 @@ def test_absent_module_is_no_reason_to_warn():
     assert "this installation has no CPU module" in refused
 
 
-# Each operand's shape and dtype, and the result's, for M = 5, a W of 24 x 16 in 4 blocks of 8.
+# Each operand's shape and dtype, those of the result, and attributes, for M = 5, a W of 24 x 16 in 4 blocks of 8.
 GOOD = {
     "matmul": {
         "x": ((1, 5, 24), "f4"),
@@ -114,6 +117,7 @@ GOOD = {
         "order": ((1, 4), "i4"),
         "inner": ((1, 4), "i4"),
         "y": ((1, 5, 16), "f4"),
+        "transpose": False,
     },
     "sddmm": {
         "x": ((1, 5, 24), "f4"),
@@ -123,19 +127,49 @@ GOOD = {
         "data": ((1, 4, 8, 8), "f4"),
     },
 }
+MATMUL_LAYOUT = choose_layout(24, 16, 8, nnz=4)
+SDDMM_LAYOUT = sddmm_layout.choose_layout(24, 16, 8, nnz=4)
+# What the CUDA handlers take and give besides.
+GOOD_CUDA = {
+    "matmul": {
+        "plan": ((1, flat_size(MATMUL_LAYOUT)), "i4"),
+        "bias": ((1, 0), "f4"),
+        "scale": ((1, 0, 0), "f4"),
+        "slope": ((0,), "f4"),
+        "workspace": ((0,), "f4"),
+        "activation": np.int32(0),
+        "tile_features": np.int32(MATMUL_LAYOUT.tile_features),
+        "capacity": np.int32(MATMUL_LAYOUT.capacity),
+    },
+    "sddmm": {
+        "plan": ((1, flat_size(SDDMM_LAYOUT)), "i4"),
+        "unit": np.int32(SDDMM_LAYOUT.unit),
+        "split": np.int32(SDDMM_LAYOUT.split),
+        "tiles": np.int32(SDDMM_LAYOUT.tiles),
+    },
+}
+RESULTS = {"matmul": ("y", "slope", "workspace"), "sddmm": ("data",)}
 
 
-def call(kind, **changes):
-    """Calls a target directly, past all checks in Python."""
-    *operands, result = ({**GOOD[kind], **changes}).values()
-    attributes = {"transpose": False} if kind == "matmul" else {}
-    function = jax.ffi.ffi_call(f"jax_blocksparse.{kind}.v1", jax.ShapeDtypeStruct(*result))
-    return function(*(jnp.zeros(*operand) for operand in operands), **attributes)
+def call(kind, platform, **changes):
+    """Calls a target directly, past all checks in Python; returns its first result."""
+    values = GOOD[kind] | (GOOD_CUDA[kind] if platform == "gpu" else {}) | changes
+    arrays = {name: value for name, value in values.items() if isinstance(value, tuple)}
+    attributes = {name: value for name, value in values.items() if name not in arrays}
+    results = [jax.ShapeDtypeStruct(*arrays.pop(name)) for name in RESULTS[kind] if name in arrays]
+    function = jax.ffi.ffi_call(f"jax_blocksparse.{kind}.v1", results)
+    return function(*(jnp.zeros(*array) for array in arrays.values()), **attributes)[0]
 
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_handler_takes_what_fits(kind, device):
-    assert not call(kind).any()
+    assert not call(kind, device.platform).any()
+
+
+def check_refused(kind, platform, changes, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message) as raised:
+        call(kind, platform, **changes).block_until_ready()
+    assert "INVALID_ARGUMENT" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +201,42 @@ def test_handler_takes_what_fits(kind, device):
     ],
 )
 def test_handler_refuses_what_does_not_fit(kind, changes, message, device):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=message) as raised:
-        call(kind, **changes).block_until_ready()
-    assert "INVALID_ARGUMENT" in str(raised.value)
+    check_refused(kind, device.platform, changes, message)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("matmul", {"plan": ((1, 7), "i4")}, r"plan has another shape"),
+        ("matmul", {"plan": ((2, *GOOD_CUDA["matmul"]["plan"][0][1:]), "i4")}, r"plan has another shape"),
+        ("matmul", {"capacity": np.int32(1)}, r"plan has another shape"),
+        ("matmul", {"capacity": np.int32(0)}, r"capacity positive"),
+        ("matmul", {"tile_features": np.int32(64)}, r"tile_features must be 128 or 256"),
+        ("matmul", {"activation": np.int32(5)}, r"no such activation"),
+        ("matmul", {"activation": np.int32(-1)}, r"no such activation"),
+        ("matmul", {"bias": ((1, 15), "f4")}, r"bias must have shape"),
+        ("matmul", {"bias": ((2, 16), "f4")}, r"bias must have shape"),
+        ("matmul", {"scale": ((5, 16), "f4")}, r"scale must have the shape"),
+        ("matmul", {"scale": ((1, 5, 24), "f4")}, r"scale must have the shape"),
+        ("matmul", {"scale": ((2, 5, 16), "f4")}, r"scale must have the shape"),
+        ("matmul", {"scale": ((1, 5, 16), "f2")}, r"scale must have the .* element type"),
+        ("matmul", {"slope": ((1, 5, 15), "f4")}, r"slope must have the shape"),
+        ("matmul", {"slope": ((1, 5, 16), "f2")}, r"slope must have the .* element type"),
+        ("matmul", {"workspace": ((1, 3, 8, 8), "f4")}, r"workspace must be as large as data"),
+        ("matmul", {"plan": ((1, GOOD_CUDA["matmul"]["plan"][0][1]), "f4")}, r"(?i)dtype.*S32.*F32|F32.*S32"),
+        ("sddmm", {"plan": ((1, 7), "i4")}, r"plan has another shape"),
+        ("sddmm", {"plan": ((2, *GOOD_CUDA["sddmm"]["plan"][0][1:]), "i4")}, r"plan has another shape"),
+        ("sddmm", {"tiles": np.int32(SDDMM_LAYOUT.tiles + 1)}, r"plan has another shape"),
+        ("sddmm", {"tiles": np.int32(-1)}, r"tiles not negative"),
+        ("sddmm", {"unit": np.int32(8)}, r"unit must be"),
+        ("sddmm", {"unit": np.int32(24)}, r"unit must be"),
+        ("sddmm", {"split": np.int32(3)}, r"split 1, 2 or 4"),
+    ],
+)
+def test_cuda_handler_refuses_what_does_not_fit(kind, changes, message):
+    with jax.default_device(jax.devices("cuda")[0]):
+        check_refused(kind, "gpu", changes, message)
 
 
 EVERY_KERNEL = """
