@@ -20,9 +20,10 @@ from typing import Any
 import jax
 
 from benchmarks import figures, readme, report, shipping
-from benchmarks.cases import DTYPES, PATTERNS, PRESETS, PRODUCTS, Group, Selection, Shape
+from benchmarks.cases import DTYPES, PATTERNS, PRESETS, PRODUCTS, Case, Group, Selection, Shape, Workload
 from benchmarks.contenders import CONTENDERS, DENSE
 from benchmarks.environment import copy_bandwidth, describe, gpu_state, l2_bytes
+from benchmarks.loop import LEAST_CALLS
 from benchmarks.runner import Method, Runner
 from jax_blocksparse import BLOCK_SIZES
 
@@ -79,17 +80,28 @@ def _groups(selections: Sequence[Selection], results: dict[str, Any]) -> list[Gr
     }
     for name, reason in results["missing"].items():
         print(f"without {name}: {reason}", file=sys.stderr)
-    groups = []
+    found: dict[tuple[Workload, str], dict[Case, None]] = {}
     for group in (group for selection in selections for group in selection.groups()):
-        cases = tuple(
-            case
-            for case in group.cases
-            if case.contender not in results["missing"]
-            and CONTENDERS[case.contender].offers(group.workload, case.sparsity)
-        )
-        if cases and group._replace(cases=cases) not in groups:
-            groups.append(group._replace(cases=cases))
+        cases = found.setdefault((group.workload, group.cache), {})
+        for case in group.cases:
+            if case.contender not in results["missing"] and CONTENDERS[case.contender].offers(
+                group.workload, case.sparsity
+            ):
+                cases[case] = None
+    groups = []
+    for (workload, cache), cases in found.items():
+        most = _cases_at_a_time(workload)
+        parts = (tuple(cases)[start : start + most] for start in range(0, len(cases), most))
+        groups += [Group(workload, cache, part) for part in parts]
     return groups
+
+
+def _cases_at_a_time(workload: Workload) -> int:
+    """As many as surely have room on the device."""
+    m, k, n = workload.shape
+    output = {"y": m * n, "dx": m * k, "dw": k * n}[workload.product]
+    per_case = (LEAST_CALLS * output + 2 * k * n) * DTYPES[workload.dtype].dtype.itemsize
+    return max(1, _ROOM // per_case)
 
 
 def _measure(
@@ -129,6 +141,9 @@ _COMMANDS: dict[str, Callable[[pathlib.Path], None]] = {
     "readme": readme.write,
     "advice": lambda path: shipping.write(report.load(path)),
 }
+
+_ROOM = 30 * 10**9
+"""Bytes for the inputs and outputs of what is timed in turns."""
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
 

@@ -1,6 +1,7 @@
 """What is measured: shapes, products, patterns, and the named selections of them."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -74,7 +75,12 @@ class Sparsity:
 
     def make(self, shape: Shape) -> BlockPattern:
         """Returns the pattern for the W of this shape."""
-        return PATTERNS[self.pattern]((shape.k, shape.n), self.block_size, self.density)
+        return _make_pattern(self, shape)
+
+
+@functools.cache  # many contenders want the same one
+def _make_pattern(sparsity: Sparsity, shape: Shape) -> BlockPattern:
+    return PATTERNS[sparsity.pattern]((shape.k, shape.n), sparsity.block_size, sparsity.density)
 
 
 class Case(NamedTuple):
@@ -85,17 +91,15 @@ class Case(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What is timed in turns, beside dense: cases of one product, block size and pattern."""
+    """What is timed in turns, beside dense: cases of one workload."""
 
     workload: Workload
     cache: str
     cases: tuple[Case, ...]
 
     def __str__(self) -> str:
-        blocks = self.cases[0].sparsity
-        warm = ", warm" if self.cache == "warm" else ""
         product, shape, dtype = self.workload.product, self.workload.shape, self.workload.dtype
-        return f"{product} {shape} {dtype} {blocks.pattern} {blocks.block_size}{warm}"
+        return f"{product} {shape} {dtype}{', warm' if self.cache == 'warm' else ''}, {len(self.cases)} cases"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +120,13 @@ class Selection:
     cache: str = "cold"
 
     def groups(self) -> Iterator[Group]:
-        """Yields the groups, those of one workload one after the other."""
-        for shape, dtype, product in itertools.product(self.shapes, self.dtypes, self.products):
-            for pattern, block in itertools.product(self.patterns, self.blocks):
-                cases = (Case(who, Sparsity(pattern, block, d)) for d in self.densities for who in self.contenders)
-                yield Group(Workload(shape, dtype, product), self.cache, tuple(cases))
+        """Yields a group for each workload."""
+        cases = tuple(
+            Case(contender, Sparsity(*sparsity))
+            for *sparsity, contender in itertools.product(self.patterns, self.blocks, self.densities, self.contenders)
+        )
+        for workload in itertools.product(self.shapes, self.dtypes, self.products):
+            yield Group(Workload(*workload), self.cache, cases)
 
 
 PEERS = ("torch-bsr", "stk", "cusparse-bell", "cusparse-bsr")
@@ -129,7 +135,7 @@ SLOW_PEERS = ("xla", "jax-bcoo")
 _MAIN = Selection(shapes=(Shape(8192, 4096, 4096),), densities=(1.0, 0.5, 0.25, 0.1, 0.05, 0.02))
 # Their y and dx are one kernel; each that is compiled takes seconds.
 _PEERS = dataclasses.replace(
-    _MAIN, blocks=(128, 64, 32, 16), densities=(0.25, 0.05), products=("y", "dw"), contenders=PEERS
+    _MAIN, blocks=(128, 64, 32, 16), densities=(0.5, 0.25, 0.1, 0.05), products=("y", "dw"), contenders=PEERS
 )
 _OTHERS = Selection(shapes=(Shape(8192, 4096, 16384), Shape(8192, 16384, 4096), Shape(32768, 1024, 4096)))
 _SMALL_BATCH = Selection(

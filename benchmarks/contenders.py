@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from benchmarks import peers, tasks
 from benchmarks.cases import Sparsity, Workload
+from benchmarks.inputs import Inputs
 from benchmarks.tasks import Task
 
 DENSE = "dense"
@@ -16,12 +17,12 @@ class Contender:
     """Somebody to measure.
 
     Attributes:
-      task: makes the task for a product, and for a sparsity (None for dense).
+      task: makes the task for the inputs of a product, and for a sparsity (None for dense).
       needs: the modules that must be installed.
       offers: whether there is such a task; what is not offered is no failure.
     """
 
-    task: Callable[[Workload, Sparsity | None], Task]
+    task: Callable[[Inputs, Sparsity | None], Task]
     needs: tuple[str, ...] = ()
     offers: Callable[[Workload, Sparsity], bool] = lambda workload, sparsity: True
 
@@ -38,9 +39,9 @@ class Contender:
 
 
 CONTENDERS = {
-    DENSE: Contender(lambda workload, _: tasks.dense(workload)),
-    "native": Contender(lambda workload, sparsity: tasks.ours(workload, sparsity, "native")),
-    "xla": Contender(lambda workload, sparsity: tasks.ours(workload, sparsity, "xla")),
+    DENSE: Contender(lambda inputs, _: tasks.dense(inputs)),
+    "native": Contender(lambda inputs, sparsity: tasks.ours(inputs, sparsity, "native")),
+    "xla": Contender(lambda inputs, sparsity: tasks.ours(inputs, sparsity, "xla")),
     "torch-bsr": Contender(peers.torch_bsr, needs=("torch", "triton")),
     "cusparse-bell": Contender(
         peers.cusparse_bell,

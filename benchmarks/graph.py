@@ -1,13 +1,14 @@
 """Many calls of a library outside JAX in one CUDA graph, so that no launch from Python is timed."""
 
 import math
+import time
 from typing import Any
 
 import jax
 
-from benchmarks.loop import LEAST_CALLS, MOST_CALLS, RUN_SECONDS
+from benchmarks.loop import RUN_SECONDS, choose_calls
 from benchmarks.tasks import Call, LibraryTask
-from benchmarks.timing import byte_count
+from benchmarks.timing import DEVICE, byte_count
 
 
 class GraphProgram:
@@ -21,38 +22,37 @@ class GraphProgram:
 
         Args:
           task: what to call.
-          cold_bytes: the input sets together must be at least this large, so that none is in the L2 cache when its
-            turn comes; 0 for a single set.
+          cold_bytes: as many bytes of other input sets lie between two uses of one, so that it is not in the L2 cache
+            when its turn comes; 0 for a single set.
         """
         import torch
 
         first = task.operands(0)
-        calls = min(MOST_CALLS, max(LEAST_CALLS, math.ceil(cold_bytes / byte_count(first))))
-        self.input_copies = calls if cold_bytes else 1
-        self.working_set = self.input_copies * byte_count(first)
-        self._calls_per_replay = calls
+        seconds = _seconds_of_call(task.prepare(first))
+        self.input_copies, calls = choose_calls(byte_count(first), cold_bytes, seconds)
+        operands = [first, *(task.operands(i) for i in range(1, self.input_copies))]
+        self.working_set = byte_count(operands)
+        sets = [task.prepare(each) for each in operands]
+        self._last_operands = operands[-1]
+        self._sets: list[Call] = sets * (calls // self.input_copies)
         self._replays = 1
-        sets = [task.prepare(task.operands(i)) for i in range(self.input_copies)]
-        self._sets: list[Call] = [sets[i % self.input_copies] for i in range(calls)]
-        self._last_operands = task.operands(self.input_copies - 1)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for call in self._sets[:2]:  # what a library does at its first call, such as compiling, cannot be captured
-                call.launch()
+        for call in sets:  # what a library does at its first call cannot be captured
+            call.launch()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        # What JAX's threads do to the device meanwhile must not end the capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            # What JAX's threads do to the device meanwhile must not end the capture.
+            self._graph.capture_begin(capture_error_mode="thread_local")
             for call in self._sets:
                 call.launch()
+            self._graph.capture_end()
 
     @property
     def calls(self) -> int:
         """How often one run computes the product."""
-        return self._calls_per_replay * self._replays
+        return len(self._sets) * self._replays
 
     def calibrate(self) -> None:
         """Finds how many replays make a run long enough; to be called when nothing else is running."""
@@ -72,3 +72,16 @@ class GraphProgram:
     def result(self) -> tuple[tuple[Any, ...], jax.Array]:
         """Returns the last set of inputs and its output, from the last replay."""
         return self._last_operands, self._sets[-1].output()
+
+
+def _seconds_of_call(call: Call) -> float:
+    """A rough upper bound of a call's time, after what a library does at its first, such as compiling."""
+    import torch
+
+    call.launch()
+    torch.cuda.synchronize()
+    with DEVICE:
+        start = time.perf_counter()
+        call.launch()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start

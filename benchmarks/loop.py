@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.tasks import JaxTask
-from benchmarks.timing import byte_count
+from benchmarks.timing import DEVICE, byte_count
 
 # Eight calls in an iteration: enough for XLA to launch it as one CUDA graph, and to hide the kernel that counts
-# iterations. More only to fill the L2 cache; then inputs so small as to need yet more stay in it.
+# iterations; fewer if they are slow. More only to fill the L2 cache; inputs so small as to need yet more stay in it.
 LEAST_CALLS, MOST_CALLS = 8, 64
 # The inner loop, whose length is compiled in, takes about so long; the outer one, which waits for the host to look at
 # its condition, makes of it a run of about so long.
@@ -43,22 +43,21 @@ class LoopProgram:
 
         Args:
           task: what to call.
-          cold_bytes: the input sets together must be at least this large, so that none is in the L2 cache when its
-            turn comes; 0 for a single set.
+          cold_bytes: as many bytes of other input sets lie between two uses of one, so that it is not in the L2 cache
+            when its turn comes; 0 for a single set.
 
         Raises:
           NotTimedError: if the calls were merged or hoisted.
         """
         first = task.operands(0)
-        wanted = math.ceil(cold_bytes / byte_count(first))
-        calls = min(MOST_CALLS, max(LEAST_CALLS, wanted))
-        self.input_copies = calls if cold_bytes else 1
         single = jax.jit(task.function).lower(*first).compile()
-        trips = max(LEAST_TRIPS, round(INNER_SECONDS / calls / _seconds_of_call(single, first)))
+        seconds = _seconds_of_call(single, first)
+        self.input_copies, calls = choose_calls(byte_count(first), cold_bytes, seconds)
+        trips = max(LEAST_TRIPS, round(INNER_SECONDS / calls / seconds))
 
         operands = [first, *(task.operands(i) for i in range(1, self.input_copies))]
         self.working_set = byte_count(operands)
-        self._operands = [operands[i % self.input_copies] for i in range(calls)]
+        self._operands = operands * (calls // self.input_copies)
         shape = jax.eval_shape(task.function, *first)
         self._outputs = [jnp.full(shape.shape, jnp.nan, shape.dtype) for _ in range(calls)]
         self._calls_per_round = calls * trips
@@ -96,7 +95,8 @@ class LoopProgram:
         self._rounds = 1
         self.run()
         short = min(self.run() for _ in range(3))
-        self._rounds = max(2, math.ceil(RUN_SECONDS / short))
+        wanted = math.ceil(RUN_SECONDS / short)
+        self._rounds = max(2, wanted)
         long = min(self.run() for _ in range(3))
         # The part of the time that grows with the rounds; the rest is starting the program and, maybe, other work.
         explained = (long - short) / (self._rounds - 1) * self._rounds / long
@@ -104,6 +104,7 @@ class LoopProgram:
             raise NotTimedError(
                 f"time is not in proportion to calls: 1 round takes {short:.3e} s, {self._rounds} {long:.3e} s"
             )
+        self._rounds = wanted
 
     def run(self) -> float:
         """Runs the loop to its end and returns the seconds that took."""
@@ -117,14 +118,28 @@ class LoopProgram:
         return self._operands[-1], self._outputs[-1]
 
 
+def choose_calls(set_bytes: int, cold_bytes: int, seconds: float) -> tuple[int, int]:
+    """Chooses how many sets of inputs to go through, and how many calls to make in an iteration.
+
+    Args:
+      set_bytes: of one set.
+      cold_bytes: as much lies between two uses of a set, if the sets need not be too many for that; 0 for a single set.
+      seconds: that a call takes. The slow need no company.
+    """
+    copies = min(MOST_CALLS, math.ceil(cold_bytes / set_bytes) + 1) if cold_bytes else 1
+    wanted = min(LEAST_CALLS, RUN_SECONDS / LEAST_TRIPS / seconds)
+    return copies, copies * math.ceil(wanted / copies)
+
+
 def _seconds_of_call(compiled: Any, operands: tuple[Any, ...]) -> float:
     """A rough upper bound of a call's time: queued several times, if that is short."""
     taken = math.inf
-    for calls in (1, 1, 10):
-        if taken < INNER_SECONDS or calls == 1:
-            start = time.perf_counter()
-            jax.block_until_ready([compiled(*operands) for _ in range(calls)])
-            taken = min(taken, (time.perf_counter() - start) / calls)
+    with DEVICE:
+        for calls in (1, 1, 10):
+            if taken < INNER_SECONDS or calls == 1:
+                start = time.perf_counter()
+                jax.block_until_ready([compiled(*operands) for _ in range(calls)])
+                taken = min(taken, (time.perf_counter() - start) / calls)
     return taken
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import sparse
 
-from benchmarks.cases import DTYPES, Sparsity, Workload
+from benchmarks.cases import DTYPES, Sparsity
+from benchmarks.inputs import Inputs
 from benchmarks.tasks import Call, JaxTask, LibraryTask, sparse_task
 from jax_blocksparse import BlockSparseMatrix
 
@@ -58,22 +59,20 @@ Launch = Callable[[], Any]
 """Queues a product; returns it where the library makes a new tensor, None where it is in the output it was given."""
 
 
-def _spmm(workload: Workload, sparsity: Sparsity, multiply: Callable[[Bsr, "Tensor", "Tensor"], Launch]) -> LibraryTask:
+def _spmm(inputs: Inputs, sparsity: Sparsity, multiply: Callable[[Bsr, "Tensor", "Tensor"], Launch]) -> LibraryTask:
     """A product y or dx as c = A b with a block-sparse A = W^T or W, from what makes a launch of (A, b, c)."""
 
     def prepare(operands: tuple[Any, ...]) -> Call:
         dense_operand, w = operands
-        a = Bsr.of(w.T if workload.product == "y" else w)
+        a = Bsr.of(w.T if inputs.workload.product == "y" else w)
         b = _tensor(dense_operand).t().contiguous()
         c = b.new_empty((a.shape[0], b.shape[1]))
         return _call(multiply(a, b, c), c, lambda result: _array(result).T)
 
-    return LibraryTask(**sparse_task(workload, sparsity), prepare=prepare)
+    return LibraryTask(**sparse_task(inputs, sparsity), prepare=prepare)
 
 
-def _sddmm(
-    workload: Workload, sparsity: Sparsity, multiply: Callable[[Bsr, "Tensor", "Tensor"], Launch]
-) -> LibraryTask:
+def _sddmm(inputs: Inputs, sparsity: Sparsity, multiply: Callable[[Bsr, "Tensor", "Tensor"], Launch]) -> LibraryTask:
     """The blocks C of a b = x^T dy, from what makes a launch of (C, a, b)."""
 
     def prepare(operands: tuple[Any, ...]) -> Call:
@@ -86,10 +85,10 @@ def _sddmm(
 
         return _call(multiply(c, _tensor(x).t().contiguous(), _tensor(dy)), c.values, output)
 
-    return LibraryTask(**sparse_task(workload, sparsity), prepare=prepare)
+    return LibraryTask(**sparse_task(inputs, sparsity), prepare=prepare)
 
 
-def torch_bsr(workload: Workload, sparsity: Sparsity) -> LibraryTask:
+def torch_bsr(inputs: Inputs, sparsity: Sparsity) -> LibraryTask:
     """PyTorch's Triton kernels for its BSR tensors."""
     from torch import sparse_bsr_tensor
     from torch.sparse import _triton_ops
@@ -106,10 +105,10 @@ def torch_bsr(workload: Workload, sparsity: Sparsity) -> LibraryTask:
         matrix = tensor(c)
         return lambda: _triton_ops.sampled_addmm(matrix, a, b, beta=0.0).values()
 
-    return _sddmm(workload, sparsity, sddmm) if workload.product == "dw" else _spmm(workload, sparsity, spmm)
+    return _sddmm(inputs, sparsity, sddmm) if inputs.workload.product == "dw" else _spmm(inputs, sparsity, spmm)
 
 
-def stk(workload: Workload, sparsity: Sparsity) -> LibraryTask:
+def stk(inputs: Inputs, sparsity: Sparsity) -> LibraryTask:
     """The Sparse Toolkit of MegaBlocks: Triton kernels for blocks of 128."""
     import stk
 
@@ -124,10 +123,10 @@ def stk(workload: Workload, sparsity: Sparsity) -> LibraryTask:
         sparse_c = matrix(c)
         return lambda: stk.ops.sdd(a, b, sparse_c).data
 
-    return _sddmm(workload, sparsity, sddmm) if workload.product == "dw" else _spmm(workload, sparsity, spmm)
+    return _sddmm(inputs, sparsity, sddmm) if inputs.workload.product == "dw" else _spmm(inputs, sparsity, spmm)
 
 
-def cusparse_bsr(workload: Workload, sparsity: Sparsity) -> LibraryTask:
+def cusparse_bsr(inputs: Inputs, sparsity: Sparsity) -> LibraryTask:
     """The BSR products of cuSPARSE."""
     from benchmarks import cusparse
 
@@ -146,10 +145,10 @@ def cusparse_bsr(workload: Workload, sparsity: Sparsity) -> LibraryTask:
     def sddmm(c: Bsr, a: "Tensor", b: "Tensor") -> Launch:
         return cusparse.sddmm(a, b, cusparse.bsr(c.row_ptr, c.cols, c.values, c.shape))
 
-    return _sddmm(workload, sparsity, sddmm) if workload.product == "dw" else _spmm(workload, sparsity, spmm)
+    return _sddmm(inputs, sparsity, sddmm) if inputs.workload.product == "dw" else _spmm(inputs, sparsity, spmm)
 
 
-def cusparse_bell(workload: Workload, sparsity: Sparsity) -> LibraryTask:
+def cusparse_bell(inputs: Inputs, sparsity: Sparsity) -> LibraryTask:
     """The Blocked-ELL product of cuSPARSE, whose rows all have the blocks of the longest: the others are padded."""
     from benchmarks import cusparse
 
@@ -164,23 +163,26 @@ def cusparse_bell(workload: Workload, sparsity: Sparsity) -> LibraryTask:
         values[rows, :, places] = a.values
         return cusparse.spmm(cusparse.blocked_ell(cols, values, a.shape), b, c, cusparse.BLOCKED_ELL_ALGORITHM)
 
-    return _spmm(workload, sparsity, spmm)
+    return _spmm(inputs, sparsity, spmm)
 
 
-def jax_bcoo(workload: Workload, sparsity: Sparsity) -> JaxTask:
+def jax_bcoo(inputs: Inputs, sparsity: Sparsity) -> JaxTask:
     """`jax.experimental.sparse`, which knows single entries only; in float32, the only type its GPU kernels take."""
-    common = sparse_task(workload, sparsity)
+    # Off by default, and what is done instead gathers a row of b for every single entry of A.
+    jax.config.update("jax_bcoo_cusparse_lowering", True)
+    common = sparse_task(inputs, sparsity)
+    pattern = sparsity.make(inputs.workload.shape)
+    pattern = pattern.T if inputs.workload.product == "y" else pattern
+    rows, cols = (np.asarray(index)[:, None, None] * pattern.block_size for index in (pattern.rows, pattern.cols))
+    within = np.arange(pattern.block_size)
+    rows, cols = (index.ravel() for index in np.broadcast_arrays(rows + within[:, None], cols + within))
+    order = np.lexsort((cols, rows))
+    indices = jnp.asarray(np.stack([rows[order], cols[order]], axis=1))
+    order = jnp.asarray(order)
 
     def operands(i: int) -> tuple[Any, ...]:
         dense_operand, w = common["operands"](i)
-        matrix = w.T if workload.product == "y" else w
-        pattern = matrix.pattern.T if matrix.transposed else matrix.pattern
-        b = pattern.block_size
-        rows, cols = (np.asarray(index)[:, None, None] * b for index in (pattern.rows, pattern.cols))
-        rows, cols = np.broadcast_arrays(rows + np.arange(b)[:, None], cols + np.arange(b))
-        order = np.lexsort((cols.ravel(), rows.ravel()))
-        indices = np.stack([rows.ravel()[order], cols.ravel()[order]], axis=1).astype(np.int32)
-        values = (matrix.data.mT if matrix.transposed else matrix.data).astype(jnp.float32).ravel()[order]
+        values = (w.data.mT if inputs.workload.product == "y" else w.data).astype(jnp.float32).ravel()[order]
         entries = sparse.BCOO((values, indices), shape=pattern.shape, indices_sorted=True, unique_indices=True)
         return dense_operand.astype(jnp.float32), entries, w
 
@@ -190,7 +192,7 @@ def jax_bcoo(workload: Workload, sparsity: Sparsity) -> JaxTask:
 
     return JaxTask(
         **common | {"operands": operands, "error": error},
-        function=lambda dense_operand, entries, _: (entries @ dense_operand.T).T.astype(DTYPES[workload.dtype]),
+        function=lambda dense_operand, entries, _: (entries @ dense_operand.T).T.astype(DTYPES[inputs.workload.dtype]),
     )
 
 

@@ -3,12 +3,14 @@
 import concurrent.futures
 import dataclasses
 import math
+import os
 import traceback
 from typing import Any
 
 from benchmarks.cases import Case, Group, Workload
 from benchmarks.checking import tolerance
 from benchmarks.contenders import CONTENDERS, DENSE
+from benchmarks.inputs import Inputs
 from benchmarks.loop import LoopProgram
 from benchmarks.tasks import LibraryTask, Task
 from benchmarks.timing import CallProgram, Program, Times, measure
@@ -40,10 +42,11 @@ class _Entry:
 
 
 class Runner:
-    """Measures groups, one after the other; what dense needs is kept while the workload is the same."""
+    """Measures groups, one after the other; inputs and dense are kept while the workload is the same."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
+        self._inputs: Inputs | None = None
         self._dense: _Entry | None = None
         self._dense_of: tuple[Workload, str] | None = None
 
@@ -55,8 +58,9 @@ class Runner:
           check) or "error" (it raised), with the reason in "message" and null for all times.
         """
         if self._dense_of != (group.workload, group.cache):
-            self._dense = None  # frees its memory before the next is made
-            self._dense = self._prepare(Case(DENSE, None), group)
+            self._dense = self._inputs = None  # frees their memory before the next are made
+            self._inputs = Inputs(group.workload)
+            self._dense = self._prepare(Case(DENSE, None), group)  # alone: XLA times the kernels it chooses from
             self._dense_of = (group.workload, group.cache)
         entries = [_Entry(dict(self._dense.record), self._dense.program), *self._prepare_all(group)]
         for entry in entries:
@@ -72,13 +76,13 @@ class Runner:
         return [entry.record for entry in entries]
 
     def _prepare_all(self, group: Group) -> list[_Entry]:
-        """Compiles in parallel what is ours; libraries with compilers and graph captures of their own come in turn."""
+        """Compiles in parallel what is in JAX; libraries with compilers and captures of their own come in turn."""
         alone = {case for case in group.cases if CONTENDERS[case.contender].needs}
-        threads = 1 if self._method.platform == "cpu" else len(group.cases)
+        threads = 1 if self._method.platform == "cpu" else len(os.sched_getaffinity(0))
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             futures = {case: pool.submit(self._prepare, case, group) for case in group.cases if case not in alone}
-            prepared = {case: future.result() for case, future in futures.items()}
-        return [prepared.get(case) or self._prepare(case, group) for case in group.cases]
+            prepared = {case: self._prepare(case, group) for case in group.cases if case in alone}
+            return [prepared[case] if case in alone else futures[case].result() for case in group.cases]
 
     def _prepare(self, case: Case, group: Group) -> _Entry:
         workload, sparsity = group.workload, case.sparsity
@@ -98,7 +102,7 @@ class Runner:
             **dict.fromkeys(("median_s", "p10_s", "p90_s", "repetitions", "flops_per_s")),
         }
         try:
-            task = CONTENDERS[case.contender].task(workload, sparsity)
+            task = CONTENDERS[case.contender].task(self._inputs, sparsity)
             record |= {"actual_density": task.density, "flops": task.flops}
             program = self._program(task, group.cache)
             program.run()

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_blocksparse
-from benchmarks.cases import DTYPES, PRECISIONS, Sparsity, Workload
+from benchmarks.cases import PRECISIONS, Sparsity
 from benchmarks.checking import relative_error
+from benchmarks.inputs import Inputs, todense
 from jax_blocksparse import BlockPattern, BlockSparseMatrix
 
 
@@ -66,10 +67,9 @@ class LibraryTask(Task):
     prepare: Callable[[tuple[Any, ...]], Call]
 
 
-def dense(workload: Workload) -> JaxTask:
-    """`jnp.dot` with a dense W; W holds no zeros, which would let the chip run cooler and faster."""
-    m, k, n = workload.shape
-    shapes = {"y": ((m, k), (k, n)), "dx": ((m, n), (k, n)), "dw": ((m, k), (m, n))}[workload.product]
+def dense(inputs: Inputs) -> JaxTask:
+    """`jnp.dot` with a dense W."""
+    workload = inputs.workload
     # Each product is one `a @ b` of its two operands, transposed where needed.
     factors = {
         "y": lambda x, w: (x, w),
@@ -79,64 +79,55 @@ def dense(workload: Workload) -> JaxTask:
     precision = PRECISIONS.get(workload.dtype)
     return JaxTask(
         function=lambda *arguments: jnp.dot(*factors(*arguments), precision=precision),
-        operands=lambda i: _normal(workload, i, *shapes),
+        operands=lambda i: inputs.dense(i) if workload.product == "dw" else (*inputs.dense(i), inputs.weight(i)),
         error=lambda arguments, output: relative_error(*factors(*arguments), output),
         flops=workload.dense_flops,
         density=1.0,
     )
 
 
-def ours(workload: Workload, sparsity: Sparsity, implementation: str) -> JaxTask:
+def ours(inputs: Inputs, sparsity: Sparsity, implementation: str) -> JaxTask:
     """The public functions of jax_blocksparse."""
+    workload = inputs.workload
     options = {"implementation": implementation, "precision": PRECISIONS.get(workload.dtype)}
     functions = {
         "y": lambda x, w: jax_blocksparse.matmul(x, w, **options),
         "dx": lambda dy, w: jax_blocksparse.matmul(dy, w.T, **options),
         "dw": lambda x, dy, pattern: jax_blocksparse.sddmm(x, dy, pattern, **options),
     }
-    return JaxTask(**sparse_task(workload, sparsity), function=functions[workload.product])
+    return JaxTask(**sparse_task(inputs, sparsity), function=functions[workload.product])
 
 
-def sparse_task(workload: Workload, sparsity: Sparsity) -> dict[str, Any]:
+def sparse_task(inputs: Inputs, sparsity: Sparsity) -> dict[str, Any]:
     """What is the same for all who compute with blocks: the fields of `Task`.
 
     The operands are (x, W), (dy, W) or (x, dy, pattern), the outputs those of `matmul` and `sddmm`.
     """
-    m, k, n = workload.shape
+    workload = inputs.workload
     pattern = sparsity.make(workload.shape)
     block = (pattern.nnz, pattern.block_size, pattern.block_size)
 
     def operands(i: int) -> tuple[Any, ...]:
         if workload.product == "dw":
-            return *_normal(workload, i, (m, k), (m, n)), pattern
-        dense_operand, data = _normal(workload, i, (m, k if workload.product == "y" else n), block)
-        return dense_operand, BlockSparseMatrix(data, pattern)
+            return *inputs.dense(i), pattern
+        return *inputs.dense(i), BlockSparseMatrix(inputs.blocks(i, block), pattern)
 
     errors = {
-        "y": lambda x, w, y: relative_error(x, _todense(w), y),
-        "dx": lambda dy, w, dx: relative_error(dy, _todense(w.T), dx),
+        "y": lambda x, w, y: relative_error(x, todense(w), y),
+        "dx": lambda dy, w, dx: relative_error(dy, todense(w.T), dx),
         "dw": lambda x, dy, pattern, data: relative_error(
             x.T,
             dy,
-            _todense(BlockSparseMatrix(data, pattern)),
-            mask=_todense(BlockSparseMatrix(jnp.ones(block), pattern)),
+            todense(BlockSparseMatrix(data, pattern)),
+            mask=todense(BlockSparseMatrix(np.ones(block, bool), pattern)),
         ),
     }
     return {
         "operands": operands,
         "error": lambda arguments, output: errors[workload.product](*arguments, output),
-        "flops": 2 * m * _elements(pattern),
+        "flops": 2 * workload.shape.m * _elements(pattern),
         "density": float(pattern.mask().mean()),
     }
-
-
-_todense = jax.jit(BlockSparseMatrix.todense)
-
-
-def _normal(workload: Workload, i: int, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    keys = jax.random.split(jax.random.key(i), len(shapes))
-    dtype = DTYPES[workload.dtype]
-    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
 
 
 def _elements(pattern: BlockPattern) -> int:

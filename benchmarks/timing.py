@@ -1,6 +1,7 @@
 """How programs are run and timed: in turns, after a warm-up, many times each."""
 
 import dataclasses
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,6 +12,9 @@ import numpy as np
 from benchmarks.tasks import JaxTask
 
 LEAST_REPETITIONS = 5
+
+DEVICE = threading.Lock()
+"""For who must have the device alone for a moment while others compile."""
 
 
 class Program(Protocol):
