@@ -150,23 +150,23 @@ def interpolate(densities: Sequence[float], speedups: Sequence[float], density: 
 
 
 def break_even(densities: Sequence[float], speedups: Sequence[float]) -> float:
-    """The largest density up to which block-sparse is at least as fast as dense, between those measured.
+    """The largest density at which block-sparse is at least as fast as dense, between those measured.
 
-    The largest one measured if block-sparse always wins, 0 if it never does.
+    The largest one measured if block-sparse wins there, 0 if it never does.
 
     Example:
       >>> from jax_blocksparse.advice import break_even
       >>> round(break_even([0.1, 0.4, 1.0], [4.0, 1.0, 0.4]), 3)
       0.4
     """
-    points = sorted(zip(densities, speedups, strict=True))
-    if points[0][1] < 1:
-        return 0.0
-    for (density, speedup), (next_density, next_speedup) in itertools.pairwise(points):
-        if next_speedup < 1:
+    points = sorted(zip(densities, speedups, strict=True), reverse=True)
+    if points[0][1] >= 1:
+        return points[0][0]
+    for (next_density, next_speedup), (density, speedup) in itertools.pairwise(points):
+        if speedup >= 1:
             part = math.log(speedup) / math.log(speedup / next_speedup)
             return density * (next_density / density) ** part
-    return points[-1][0]
+    return 0.0
 
 
 def warn_if_dense_is_faster(inputs: jax.Array, *weights: BlockPattern) -> None:
