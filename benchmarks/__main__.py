@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import figures, readme, report, shipping
+from benchmarks import figures, readme, report, shipping, tables
 from benchmarks.cases import DTYPES, PATTERNS, PRESETS, PRODUCTS, Case, Group, Selection, Shape, Workload
 from benchmarks.contenders import CONTENDERS, DENSE
 from benchmarks.environment import copy_bandwidth, describe, gpu_state, l2_bytes
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     path = options.output or report.default_path(results["environment"])
     _measure(_groups(selections, results), Runner(method), device, options.budget, results, path)
-    print(report.markdown(results))
+    print(tables.markdown(results))
     print(f"results are in {path}", file=sys.stderr)
     return 0 if all(record["status"] == "ok" for record in results["results"]) else 1
 
@@ -136,7 +136,7 @@ def _draw(path: pathlib.Path) -> None:
 
 
 _COMMANDS: dict[str, Callable[[pathlib.Path], None]] = {
-    "show": lambda path: print(report.markdown(report.load(path))),
+    "show": lambda path: print(tables.markdown(report.load(path))),
     "figures": _draw,
     "readme": readme.write,
     "advice": lambda path: shipping.write(report.load(path)),

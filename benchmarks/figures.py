@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import CONTENDERS, DENSE
-from benchmarks.report import PRODUCT_NAMES, main_workload, select
+from benchmarks.report import NAMES, PRODUCT_NAMES, main_workload, select
 from jax_blocksparse.advice import break_even
 
 if TYPE_CHECKING:
@@ -17,15 +17,6 @@ Records = list[dict[str, Any]]
 # From light to dark with the size of a block; the colours of one map, also in print and to the colour-blind.
 _BLOCK_COLORS = {8: "#a8d08d", 16: "#5fb596", 32: "#2b8fa3", 64: "#2a5f9e", 128: "#3b2a78"}
 _PEER_COLORS = ("#d1495b", "#e08e45", "#8d6a9f", "#7a7a7a", "#b8a03c", "#c77d9b")
-_NAMES = {
-    "native": "jax_blocksparse",
-    "xla": "plain XLA",
-    "torch-bsr": "PyTorch BSR (Triton)",
-    "cusparse-bell": "cuSPARSE Blocked-ELL",
-    "cusparse-bsr": "cuSPARSE BSR",
-    "stk": "stk (Triton)",
-    "jax-bcoo": "jax.experimental.sparse",
-}
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -91,7 +82,7 @@ def _peers(records: Records, _: Records) -> "Figure | None":
     peers = [name for name in _present(records, "contender", CONTENDERS) if name != "native"]
     if not peers:
         return None
-    colors = dict(zip((name for name in _NAMES if name != "native"), _PEER_COLORS, strict=True))
+    colors = dict(zip((name for name in NAMES if name != "native"), _PEER_COLORS, strict=True))
     with_peers = [record for record in records if record["contender"] in peers]
     products = _present(with_peers, "product", PRODUCT_NAMES)
     blocks = _present(with_peers, "block_size", _BLOCK_COLORS)
@@ -107,7 +98,7 @@ def _peers(records: Records, _: Records) -> "Figure | None":
                     else {"color": colors[name], "linewidth": 1.2}
                 )
                 line = _line(select(here, contender=name), "speedup_over_dense")
-                panel.plot(*line, marker="o", markersize=3, label=_NAMES[name], **style)
+                panel.plot(*line, marker="o", markersize=3, label=NAMES[name], **style)
         row[0].set_ylabel(f"{PRODUCT_NAMES[product]}\nspeed-up over dense")
     for top, bottom, block in zip(panels[0], panels[-1], blocks, strict=True):
         top.set_title(f"blocks of {block}")

@@ -6,7 +6,8 @@ from typing import Any
 
 from benchmarks import report as reports
 from benchmarks.environment import ROOT
-from benchmarks.report import PRODUCT_NAMES, main_workload, select, table
+from benchmarks.report import NAMES, PRODUCT_NAMES, against_best_peer, main_workload, select
+from benchmarks.tables import table
 
 README = ROOT / "README.md"
 FIGURES = ROOT / "docs" / "figures"
@@ -38,6 +39,7 @@ def section(report: dict[str, Any]) -> str:
             f"How many times faster than `jnp.dot` with a dense W: y / dx / dW at {m} x {k} x {n} (tokens,\n"
             f"inputs, outputs) in {_long(workload['dtype'])}, random blocks, on {environment['device']}:",
             _table(records),
+            *_beside_peers(records),
             *images,
             f"Measured on {environment['date'][:10]} at revision {revision}, with jax {versions['jax']}, the\n"
             "products and dense in turns in one process, inputs not in the L2 cache, every result checked.",
@@ -85,6 +87,19 @@ def _table(records: list[dict[str, Any]]) -> str:
             cells.append(" / ".join(_times(values.get(product)) for product in PRODUCT_NAMES))
         rows.append([str(block), *cells])
     return table(rows)
+
+
+def _beside_peers(records: list[dict[str, Any]]) -> list[str]:
+    pairs = against_best_peer(records)
+    if not pairs:
+        return []
+    gains = [ours["speedup_over_dense"] / peer["speedup_over_dense"] for ours, peer in pairs]
+    peers = {record["contender"] for record in records} - {"native"}
+    names = ", ".join(name for contender, name in NAMES.items() if contender in peers)
+    return [
+        f"The fastest of the peers ({names})\n"
+        f"takes {_times(min(gains))} to {_times(max(gains))} times as long, in {len(gains)} cases."
+    ]
 
 
 def _times(value: float | None) -> str:

@@ -289,6 +289,15 @@ def test_readme_shows_speedups():
     assert re.search(r"\| block size \| +density 1 \| +density 0.5 \| +density 0.1 \|", text)
     assert re.search(r"\| +32 \| +0.50 / 0.50 / 0.50 \| +1.0 / 1.0 / 1.0 \| +5.0 / 5.0 / 5.0 \|", text)
     assert "docs/figures/peers.png" in text
+    assert "(PyTorch BSR (Triton))\ntakes 4.0 to 4.0 times as long, in 18 cases." in text
+
+
+def test_fastest_peer_is_found():
+    slow, fast = (record(contender=who, speedup=gain) for who, gain in (("torch-bsr", 0.5), ("cusparse-bell", 1.5)))
+    elsewhere = [record(contender="stk", speedup=3.0, **change) for change in ({"product": "dx"}, {"block_size": 64})]
+    ours = record()
+    pairs = report.against_best_peer([record(contender="dense", speedup=1.0), slow, ours, fast, *elsewhere])
+    assert pairs == [(ours, fast)]
 
 
 def test_readme_is_what_the_command_makes():
