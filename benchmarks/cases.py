@@ -138,19 +138,23 @@ _PEERS = dataclasses.replace(
     _MAIN, blocks=(128, 64, 32, 16), densities=(0.5, 0.25, 0.1, 0.05), products=("y", "dw"), contenders=PEERS
 )
 _OTHERS = Selection(shapes=(Shape(8192, 4096, 16384), Shape(8192, 16384, 4096), Shape(32768, 1024, 4096)))
-_SMALL_BATCH = Selection(
-    shapes=(
-        *(Shape(m, 12288, 12288) for m in (64, 32)),
-        *(Shape(m, 4096, 14336) for m in (16, 4, 1)),
-    ),
+_FEW_TOKENS = Selection(
+    shapes=(*(Shape(m, 12288, 12288) for m in (64, 32)), *(Shape(m, 4096, 14336) for m in (16, 4, 1))),
     blocks=(16, 32, 64, 128),
-    densities=(0.1, 0.05),
+    densities=(0.5, 0.25, 0.1, 0.05),
     products=("y",),
+)
+_FEW_TOKENS_PEERS = dataclasses.replace(
+    _FEW_TOKENS, shapes=_FEW_TOKENS.shapes[:1], densities=(0.1, 0.05), contenders=("torch-bsr", "cusparse-bell")
+)
+_FEW_TOKENS_WARM = dataclasses.replace(
+    _FEW_TOKENS, shapes=_FEW_TOKENS.shapes[::4], blocks=(32,), densities=(0.1, 0.05), cache="warm"
 )
 _UNEVEN = dataclasses.replace(
     _MAIN, blocks=(16, 32, 64, 128), densities=(0.1,), patterns=("bernoulli", "barabasi-albert", "banded")
 )
-_DTYPES = dataclasses.replace(_MAIN, blocks=(16, 64), densities=(0.1,), dtypes=("f16", "tf32", "f32"))
+_DTYPES = dataclasses.replace(_MAIN, blocks=(16, 64), densities=(0.1,), dtypes=("f16", "tf32"))
+_TRUE_FLOAT32 = dataclasses.replace(_DTYPES, dtypes=("f32",), contenders=("native", "xla"))
 
 PRESETS: dict[str, tuple[Selection, ...]] = {
     "cpu": (Selection(shapes=(Shape(2048, 2048, 2048),), densities=(1.0, 0.5, 0.25, 0.1, 0.05), dtypes=("f32",)),),
@@ -158,19 +162,24 @@ PRESETS: dict[str, tuple[Selection, ...]] = {
     "standard": (
         _MAIN,
         _PEERS,
-        _SMALL_BATCH,
         _UNEVEN,
+        _FEW_TOKENS,
+        _FEW_TOKENS_PEERS,
         _OTHERS,
         _DTYPES,
-        dataclasses.replace(_SMALL_BATCH, shapes=_SMALL_BATCH.shapes[::4], blocks=(32,), cache="warm"),
+        _TRUE_FLOAT32,
+        _FEW_TOKENS_WARM,
     ),
     "full": (
         dataclasses.replace(_MAIN, contenders=("native", *PEERS, *SLOW_PEERS)),
-        dataclasses.replace(_SMALL_BATCH, densities=_MAIN.densities, contenders=("native", *PEERS, *SLOW_PEERS)),
+        dataclasses.replace(_FEW_TOKENS, densities=_MAIN.densities, contenders=("native", *PEERS, *SLOW_PEERS)),
         dataclasses.replace(_UNEVEN, blocks=_MAIN.blocks, densities=_MAIN.densities, patterns=tuple(PATTERNS)[1:]),
         dataclasses.replace(_OTHERS, densities=_MAIN.densities, contenders=("native", *PEERS)),
-        dataclasses.replace(_DTYPES, blocks=_MAIN.blocks, densities=_MAIN.densities, contenders=("native", "xla")),
-        dataclasses.replace(_SMALL_BATCH, products=PRODUCTS, cache="warm"),
+        *(
+            dataclasses.replace(each, blocks=_MAIN.blocks, densities=_MAIN.densities, contenders=("native", "xla"))
+            for each in (_DTYPES, _TRUE_FLOAT32)
+        ),
+        dataclasses.replace(_FEW_TOKENS, products=PRODUCTS, cache="warm"),
     ),
 }
 """Most wanted first, so that a run that is cut short has it."""

@@ -8,7 +8,7 @@ import jax
 
 from benchmarks.loop import RUN_SECONDS, choose_calls
 from benchmarks.tasks import Call, LibraryTask
-from benchmarks.timing import DEVICE, byte_count
+from benchmarks.timing import byte_count
 
 
 class GraphProgram:
@@ -18,7 +18,7 @@ class GraphProgram:
     """
 
     def __init__(self, task: LibraryTask, *, cold_bytes: int) -> None:
-        """Makes the calls and captures them.
+        """Makes a first call, for which some libraries compile.
 
         Args:
           task: what to call.
@@ -27,14 +27,36 @@ class GraphProgram:
         """
         import torch
 
-        first = task.operands(0)
-        seconds = _seconds_of_call(task.prepare(first))
-        self.input_copies, calls = choose_calls(byte_count(first), cold_bytes, seconds)
-        operands = [first, *(task.operands(i) for i in range(1, self.input_copies))]
+        self._task = task
+        self._cold_bytes = cold_bytes
+        self._first = task.operands(0)
+        self._call = task.prepare(self._first)
+        self._call.launch()
+        torch.cuda.synchronize()
+        self._graph: Any = None
+
+    def fit(self) -> bool:
+        """Chooses the number of calls by the time of one."""
+        import torch
+
+        if self._graph is not None:
+            return False
+        start = time.perf_counter()
+        self._call.launch()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        self.input_copies, self._calls = choose_calls(byte_count(self._first), self._cold_bytes, seconds)
+        return True
+
+    def build(self) -> None:
+        """Captures the calls."""
+        import torch
+
+        operands = [self._first, *(self._task.operands(i) for i in range(1, self.input_copies))]
         self.working_set = byte_count(operands)
-        sets = [task.prepare(each) for each in operands]
+        sets = [self._call, *map(self._task.prepare, operands[1:])]
         self._last_operands = operands[-1]
-        self._sets: list[Call] = sets * (calls // self.input_copies)
+        self._sets: list[Call] = sets * (self._calls // self.input_copies)
         self._replays = 1
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -72,16 +94,3 @@ class GraphProgram:
     def result(self) -> tuple[tuple[Any, ...], jax.Array]:
         """Returns the last set of inputs and its output, from the last replay."""
         return self._last_operands, self._sets[-1].output()
-
-
-def _seconds_of_call(call: Call) -> float:
-    """A rough upper bound of a call's time, after what a library does at its first, such as compiling."""
-    import torch
-
-    call.launch()
-    torch.cuda.synchronize()
-    with DEVICE:
-        start = time.perf_counter()
-        call.launch()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start

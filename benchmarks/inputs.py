@@ -1,4 +1,4 @@
-"""The inputs of a workload, N(0, 1): made once, on the device, and shared by all who compute it."""
+"""The inputs of a workload, N(0, 1): made once and shared by all who compute it."""
 
 import functools
 import math
@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.cases import DTYPES, Workload
 from jax_blocksparse import BLOCK_SIZES, BlockSparseMatrix
 
+_CHUNK = 2**22  # values that are drawn at a time: what makes them is compiled once for all shapes
 _SHIFT = 16  # elements between the values of one set of blocks and the next
 
 
@@ -29,15 +30,17 @@ class Inputs:
         shapes = {"y": [(m, k)], "dx": [(m, n)], "dw": [(m, k), (m, n)]}[self.workload.product]
         with self._lock:
             if i not in self._dense:
-                self._dense[i] = tuple(self._normal(2 * i + place, shape) for place, shape in enumerate(shapes))
+                self._dense[i] = tuple(
+                    jnp.asarray(self._normal(4 * i + place, shape)) for place, shape in enumerate(shapes)
+                )
             return self._dense[i]
 
     def weight(self, i: int) -> jax.Array:
         """Returns a dense W; it holds no zeros, which would let the chip run cooler and faster."""
-        return self._normal(-1 - i, self.workload.shape[1:])
+        return jnp.asarray(self._normal(4 * i + 2, self.workload.shape[1:]))
 
     def blocks(self, i: int, shape: tuple[int, int, int]) -> jax.Array:
-        """Returns the values of blocks; cut out on the host, since on the device each shape would be compiled."""
+        """Returns the values of blocks."""
         start = i * _SHIFT
         with self._lock:
             values = self._values
@@ -49,21 +52,25 @@ class Inputs:
         _, k, n = self.workload.shape
         largest = max(BLOCK_SIZES)
         padded = math.ceil(k / largest) * math.ceil(n / largest) * largest**2
-        return np.asarray(self._normal(0x7FFFFFFF, (padded + 64 * _SHIFT,)))
+        return self._normal(3, (padded + 64 * _SHIFT,))
 
-    def _normal(self, seed: int, shape: tuple[int, ...]) -> jax.Array:
-        return _normal(jax.random.key(seed), shape, DTYPES[self.workload.dtype])
+    def _normal(self, seed: int, shape: tuple[int, ...]) -> np.ndarray:
+        size = math.prod(shape)
+        chunks = [_draw(seed, chunk, DTYPES[self.workload.dtype]) for chunk in range(math.ceil(size / _CHUNK))]
+        return np.concatenate([np.asarray(chunk) for chunk in chunks])[:size].reshape(shape)
 
 
-_normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=2)
+def _draw(seed: jax.Array, chunk: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(jax.random.key(seed), chunk), (_CHUNK,), dtype)
 
 
-def todense(matrix: BlockSparseMatrix) -> jax.Array:
-    """The matrix with all its zeros; put together on the host, so that nothing is compiled for each pattern."""
+def todense(matrix: BlockSparseMatrix) -> np.ndarray:
+    """The matrix with all its zeros, put together on the host: on the device each pattern would be compiled."""
     pattern = matrix.pattern
     (rows, cols), b = pattern.grid, pattern.block_size
     data = np.asarray(matrix.data)
     blocks = np.zeros((rows, cols, b, b), data.dtype)
     blocks[np.asarray(pattern.rows), np.asarray(pattern.cols)] = data
-    dense = jnp.asarray(blocks.swapaxes(1, 2).reshape(rows * b, cols * b)[: pattern.shape[0], : pattern.shape[1]])
+    dense = blocks.swapaxes(1, 2).reshape(rows * b, cols * b)[: pattern.shape[0], : pattern.shape[1]]
     return dense.T if matrix.transposed else dense

@@ -8,6 +8,7 @@ the body is counted in the compiled HLO; and the time must grow in proportion to
 import functools
 import math
 import re
+import statistics
 import time
 from typing import Any
 
@@ -15,14 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.tasks import JaxTask
-from benchmarks.timing import DEVICE, byte_count
+from benchmarks.timing import byte_count
 
-# Eight calls in an iteration: enough for XLA to launch it as one CUDA graph, and to hide the kernel that counts
-# iterations; fewer if they are slow. More only to fill the L2 cache; inputs so small as to need yet more stay in it.
-LEAST_CALLS, MOST_CALLS = 8, 64
+# Eight calls in an iteration: enough for XLA to launch it as one CUDA graph; more if that is short, to hide how the
+# graph is launched, or to fill the L2 cache. Inputs so small as to need yet more stay in it.
+LEAST_CALLS, MOST_CALLS, ITERATION_SECONDS = 8, 64, 0.0004
 # The inner loop, whose length is compiled in, takes about so long; the outer one, which waits for the host to look at
 # its condition, makes of it a run of about so long.
-INNER_SECONDS, RUN_SECONDS = 0.002, 0.008
+INNER_SECONDS, RUN_SECONDS = 0.004, 0.008
 LEAST_TRIPS = 2  # XLA knows a loop of one trip for none
 
 
@@ -39,33 +40,51 @@ class LoopProgram:
     """
 
     def __init__(self, task: JaxTask, *, cold_bytes: int) -> None:
-        """Compiles the program.
+        """Compiles a single call.
 
         Args:
           task: what to call.
           cold_bytes: as many bytes of other input sets lie between two uses of one, so that it is not in the L2 cache
             when its turn comes; 0 for a single set.
+        """
+        self._task = task
+        self._cold_bytes = cold_bytes
+        self._first = task.operands(0)
+        self._single = jax.jit(task.function).lower(*self._first).compile()
+        self._compiled: Any = None
+        self._overhead = 0.0
+        self._rounds = 1
+
+    def fit(self) -> bool:
+        """Chooses the length of the loop by the time of a call, first of one that Python makes."""
+        if self._compiled is None:
+            seconds = _seconds_of_call(self._single, self._first)
+        else:
+            self._find_overhead()
+            self._rounds = 1
+            seconds = min(self.run() for _ in range(2)) / self.calls
+            if seconds * self.calls > INNER_SECONDS / 2:
+                return False
+        self.input_copies, self._calls = choose_calls(byte_count(self._first), self._cold_bytes, seconds)
+        self._trips = max(LEAST_TRIPS, round(INNER_SECONDS / self._calls / seconds))
+        return True
+
+    def build(self) -> None:
+        """Compiles the loop.
 
         Raises:
           NotTimedError: if the calls were merged or hoisted.
         """
-        first = task.operands(0)
-        single = jax.jit(task.function).lower(*first).compile()
-        seconds = _seconds_of_call(single, first)
-        self.input_copies, calls = choose_calls(byte_count(first), cold_bytes, seconds)
-        trips = max(LEAST_TRIPS, round(INNER_SECONDS / calls / seconds))
-
-        operands = [first, *(task.operands(i) for i in range(1, self.input_copies))]
+        function, trips = self._task.function, self._trips
+        operands = [self._first, *(self._task.operands(i) for i in range(1, self.input_copies))]
         self.working_set = byte_count(operands)
-        self._operands = operands * (calls // self.input_copies)
-        shape = jax.eval_shape(task.function, *first)
-        self._outputs = [jnp.full(shape.shape, jnp.nan, shape.dtype) for _ in range(calls)]
-        self._calls_per_round = calls * trips
-        self._rounds = 1
+        self._operands = operands * (self._calls // self.input_copies)
+        shape = jax.eval_shape(function, *self._first)
+        self._outputs = [jnp.full(shape.shape, jnp.nan, shape.dtype) for _ in self._operands]
 
         def iteration(_: jax.Array, state: tuple[list[Any], list[jax.Array]]) -> tuple[list[Any], list[jax.Array]]:
             operands = jax.lax.optimization_barrier(state[0])
-            return operands, [task.function(*arguments) for arguments in operands]
+            return operands, [function(*arguments) for arguments in operands]
 
         @functools.partial(jax.jit, donate_argnums=2)
         def program(rounds: jax.Array, operands: list[Any], outputs: list[jax.Array]) -> list[jax.Array]:
@@ -75,16 +94,15 @@ class LoopProgram:
             return jax.lax.fori_loop(0, rounds, inner_loop, (operands, outputs))[1]
 
         self._compiled = program.lower(jnp.int32(1), self._operands, self._outputs).compile()
-        wanted = calls * max(1, work_in_program(single.as_text()))
+        wanted = self._calls * max(1, work_in_program(self._single.as_text()))
         found = work_in_inner_loops(self._compiled.as_text())
         if found < wanted:
             raise NotTimedError(f"XLA merged or hoisted calls: {found} operations in the loop, {wanted} wanted")
-        self.run()
 
     @property
     def calls(self) -> int:
         """How often one run computes the product."""
-        return self._calls_per_round * self._rounds
+        return self._calls * self._trips * self._rounds
 
     def calibrate(self) -> None:
         """Finds how many rounds make a run long enough; to be called when nothing else is running.
@@ -92,13 +110,14 @@ class LoopProgram:
         Raises:
           NotTimedError: if the time does not grow in proportion to them.
         """
+        self._find_overhead()
         self._rounds = 1
         self.run()
-        short = min(self.run() for _ in range(3))
+        short = min(self.run() for _ in range(2))
         wanted = math.ceil(RUN_SECONDS / short)
         self._rounds = max(2, wanted)
-        long = min(self.run() for _ in range(3))
-        # The part of the time that grows with the rounds; the rest is starting the program and, maybe, other work.
+        long = min(self.run() for _ in range(2))
+        # The part of the time that grows with the rounds; the rest may be other work.
         explained = (long - short) / (self._rounds - 1) * self._rounds / long
         if not 0.7 < explained < 1.4:
             raise NotTimedError(
@@ -106,12 +125,17 @@ class LoopProgram:
             )
         self._rounds = wanted
 
+    def _find_overhead(self) -> None:
+        """Times a run of no rounds: what the host takes to start the program, and to hear of its end."""
+        self._rounds, self._overhead = 0, 0.0
+        self._overhead = statistics.median(self.run() for _ in range(5))
+
     def run(self) -> float:
-        """Runs the loop to its end and returns the seconds that took."""
+        """Runs the loop to its end and returns the seconds that its rounds took."""
         rounds = jnp.int32(self._rounds)
         start = time.perf_counter()
         self._outputs = jax.block_until_ready(self._compiled(rounds, self._operands, self._outputs))
-        return time.perf_counter() - start
+        return time.perf_counter() - start - self._overhead
 
     def result(self) -> tuple[tuple[Any, ...], jax.Array]:
         """Returns the last set of inputs and its output, from the last iteration."""
@@ -127,19 +151,18 @@ def choose_calls(set_bytes: int, cold_bytes: int, seconds: float) -> tuple[int, 
       seconds: that a call takes. The slow need no company.
     """
     copies = min(MOST_CALLS, math.ceil(cold_bytes / set_bytes) + 1) if cold_bytes else 1
-    wanted = min(LEAST_CALLS, RUN_SECONDS / LEAST_TRIPS / seconds)
+    wanted = min(max(LEAST_CALLS, ITERATION_SECONDS / seconds), MOST_CALLS, RUN_SECONDS / LEAST_TRIPS / seconds)
     return copies, copies * math.ceil(wanted / copies)
 
 
 def _seconds_of_call(compiled: Any, operands: tuple[Any, ...]) -> float:
     """A rough upper bound of a call's time: queued several times, if that is short."""
     taken = math.inf
-    with DEVICE:
-        for calls in (1, 1, 10):
-            if taken < INNER_SECONDS or calls == 1:
-                start = time.perf_counter()
-                jax.block_until_ready([compiled(*operands) for _ in range(calls)])
-                taken = min(taken, (time.perf_counter() - start) / calls)
+    for calls in (1, 1, 10):
+        if taken < INNER_SECONDS or calls == 1:
+            start = time.perf_counter()
+            jax.block_until_ready([compiled(*operands) for _ in range(calls)])
+            taken = min(taken, (time.perf_counter() - start) / calls)
     return taken
 
 

@@ -5,7 +5,9 @@ import dataclasses
 import math
 import os
 import traceback
-from typing import Any
+from collections.abc import Callable, Sequence
+from operator import methodcaller
+from typing import Any, TypeVar
 
 from benchmarks.cases import Case, Group, Workload
 from benchmarks.checking import tolerance
@@ -14,6 +16,11 @@ from benchmarks.inputs import Inputs
 from benchmarks.loop import LoopProgram
 from benchmarks.tasks import LibraryTask, Task
 from benchmarks.timing import CallProgram, Program, Times, measure
+
+_FITTINGS = 2  # the first goes by the time of calls from Python, too long for the shortest
+_CHECKS_AT_A_TIME = 4  # each takes memory for matrices in float64
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +44,22 @@ class Method:
 
 @dataclasses.dataclass
 class _Entry:
+    """A case on its way: `program` is None once it has failed."""
+
     record: dict[str, Any]
+    task: Task | None = None
     program: Program | None = None
+
+    def attempt(self, action: Callable[[Program], T]) -> T | None:
+        """Does this with the program if it has not failed before; if it fails now, the record says so."""
+        if self.program is None:
+            return None
+        try:
+            return action(self.program)
+        except Exception as problem:
+            self.program = None
+            self.record |= _failure(problem)
+            return None
 
 
 class Runner:
@@ -60,9 +81,9 @@ class Runner:
         if self._dense_of != (group.workload, group.cache):
             self._dense = self._inputs = None  # frees their memory before the next are made
             self._inputs = Inputs(group.workload)
-            self._dense = self._prepare(Case(DENSE, None), group)  # alone: XLA times the kernels it chooses from
+            [self._dense] = self._prepare([Case(DENSE, None)], group, threads=1)
             self._dense_of = (group.workload, group.cache)
-        entries = [_Entry(dict(self._dense.record), self._dense.program), *self._prepare_all(group)]
+        entries = [dataclasses.replace(self._dense, record=dict(self._dense.record)), *self._prepare_all(group)]
         for entry in entries:
             self._calibrate(entry)
         ready = [entry for entry in entries if entry.program is not None]
@@ -77,14 +98,25 @@ class Runner:
 
     def _prepare_all(self, group: Group) -> list[_Entry]:
         """Compiles in parallel what is in JAX; libraries with compilers and captures of their own come in turn."""
-        alone = {case for case in group.cases if CONTENDERS[case.contender].needs}
+        alone = [case for case in group.cases if CONTENDERS[case.contender].needs]
+        others = [case for case in group.cases if case not in alone]
         threads = 1 if self._method.platform == "cpu" else len(os.sched_getaffinity(0))
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            futures = {case: pool.submit(self._prepare, case, group) for case in group.cases if case not in alone}
-            prepared = {case: self._prepare(case, group) for case in group.cases if case in alone}
-            return [prepared[case] if case in alone else futures[case].result() for case in group.cases]
+        entries = dict(zip(others, self._prepare(others, group, threads), strict=True))
+        entries |= zip(alone, self._prepare(alone, group, threads=1), strict=True)
+        return [entries[case] for case in group.cases]
 
-    def _prepare(self, case: Case, group: Group) -> _Entry:
+    def _prepare(self, cases: Sequence[Case], group: Group, threads: int) -> list[_Entry]:
+        """Compiles and checks programs; whatever is timed for it is timed with nothing else running."""
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            entries = list(pool.map(lambda case: self._entry(case, group), cases))
+            for _ in range(_FITTINGS):
+                unfit = [entry for entry in entries if entry.attempt(methodcaller("fit"))]
+                list(pool.map(methodcaller("attempt", methodcaller("build")), unfit))
+        with concurrent.futures.ThreadPoolExecutor(min(threads, _CHECKS_AT_A_TIME)) as pool:
+            list(pool.map(lambda entry: self._check(entry, group.workload.dtype), entries))
+        return entries
+
+    def _entry(self, case: Case, group: Group) -> _Entry:
         workload, sparsity = group.workload, case.sparsity
         record = {
             "contender": case.contender,
@@ -104,18 +136,23 @@ class Runner:
         try:
             task = CONTENDERS[case.contender].task(self._inputs, sparsity)
             record |= {"actual_density": task.density, "flops": task.flops}
-            program = self._program(task, group.cache)
-            program.run()
-            error = task.error(*program.result())
+            return _Entry(record, task, self._program(task, group.cache))
         except Exception as problem:  # One contender that fails is a result; the others are still measured.
             return _Entry(record | _failure(problem))
-        limit = tolerance(workload.dtype)
+
+    def _check(self, entry: _Entry, dtype: str) -> None:
+        def error(program: Program) -> float:
+            program.run()
+            return entry.task.error(*program.result())
+
+        found, limit = entry.attempt(error), tolerance(dtype)
+        if found is None:
+            return
         # JSON knows no infinity.
-        record |= {"error": error if math.isfinite(error) else None, "tolerance": limit}
-        if not error <= limit:
-            message = f"the relative error is {error:.2e}, {limit:.0e} is allowed"
-            return _Entry(record | {"status": "wrong", "message": message})
-        return _Entry(record, program)
+        entry.record |= {"error": found if math.isfinite(found) else None, "tolerance": limit}
+        if not found <= limit:
+            entry.record |= {"status": "wrong", "message": f"the relative error is {found:.2e}, {limit:.0e} is allowed"}
+            entry.program = None
 
     def _program(self, task: Task, cache: str) -> Program:
         if self._method.timer == "call":
@@ -128,13 +165,8 @@ class Runner:
         return LoopProgram(task, cold_bytes=cold_bytes)
 
     def _calibrate(self, entry: _Entry) -> None:
+        entry.attempt(methodcaller("calibrate"))
         if entry.program is None:
-            return
-        try:
-            entry.program.calibrate()
-        except Exception as problem:
-            entry.program = None
-            entry.record |= _failure(problem)
             return
         l2_bytes = self._method.l2_bytes
         entry.record |= {

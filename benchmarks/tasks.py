@@ -70,17 +70,12 @@ class LibraryTask(Task):
 def dense(inputs: Inputs) -> JaxTask:
     """`jnp.dot` with a dense W."""
     workload = inputs.workload
-    # Each product is one `a @ b` of its two operands, transposed where needed.
-    factors = {
-        "y": lambda x, w: (x, w),
-        "dx": lambda dy, w: (dy, w.T),
-        "dw": lambda x, dy: (x.T, dy),
-    }[workload.product]
+    transpose_a, transpose_b = transposed = (workload.product == "dw", workload.product == "dx")
     precision = PRECISIONS.get(workload.dtype)
     return JaxTask(
-        function=lambda *arguments: jnp.dot(*factors(*arguments), precision=precision),
+        function=lambda a, b: jnp.dot(a.T if transpose_a else a, b.T if transpose_b else b, precision=precision),
         operands=lambda i: inputs.dense(i) if workload.product == "dw" else (*inputs.dense(i), inputs.weight(i)),
-        error=lambda arguments, output: relative_error(*factors(*arguments), output),
+        error=lambda arguments, output: relative_error(*arguments, output, transposed=transposed),
         flops=workload.dense_flops,
         density=1.0,
     )
@@ -116,9 +111,10 @@ def sparse_task(inputs: Inputs, sparsity: Sparsity) -> dict[str, Any]:
         "y": lambda x, w, y: relative_error(x, todense(w), y),
         "dx": lambda dy, w, dx: relative_error(dy, todense(w.T), dx),
         "dw": lambda x, dy, pattern, data: relative_error(
-            x.T,
+            x,
             dy,
             todense(BlockSparseMatrix(data, pattern)),
+            transposed=(True, False),
             mask=todense(BlockSparseMatrix(np.ones(block, bool), pattern)),
         ),
     }

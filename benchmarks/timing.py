@@ -1,7 +1,6 @@
 """How programs are run and timed: in turns, after a warm-up, many times each."""
 
 import dataclasses
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,9 +11,6 @@ import numpy as np
 from benchmarks.tasks import JaxTask
 
 LEAST_REPETITIONS = 5
-
-DEVICE = threading.Lock()
-"""For who must have the device alone for a moment while others compile."""
 
 
 class Program(Protocol):
@@ -29,6 +25,14 @@ class Program(Protocol):
     calls: int
     input_copies: int
     working_set: int
+
+    def fit(self) -> bool:
+        """Chooses its length; to be called when nothing else is running. Says whether it must be built for that."""
+        ...
+
+    def build(self) -> None:
+        """Compiles, which others may do meanwhile."""
+        ...
 
     def calibrate(self) -> None:
         """Makes a run long enough to be timed; to be called when nothing else is running."""
@@ -56,8 +60,15 @@ class CallProgram:
         self._output: jax.Array | None = None
         self.working_set = byte_count(self._operands)
 
+    def fit(self) -> bool:
+        """Says no: a run is one call."""
+        return False
+
+    def build(self) -> None:
+        """Does nothing."""
+
     def calibrate(self) -> None:
-        """Does nothing: a run is one call."""
+        """Does nothing."""
 
     def run(self) -> float:
         """Calls the function, waits for its output and returns the seconds that took."""
