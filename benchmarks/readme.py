@@ -1,9 +1,10 @@
-"""What README says about speed, made from a report: a table, the pictures and where they come from."""
+"""What README and docs/performance.md say in figures, made from a report."""
 
 import pathlib
 import re
 from typing import Any
 
+from benchmarks import fractions
 from benchmarks import report as reports
 from benchmarks.environment import ROOT
 from benchmarks.report import NAMES, PRODUCT_NAMES, against_best_peer, main_workload, select
@@ -47,27 +48,28 @@ def section(report: dict[str, Any]) -> str:
     )
 
 
-def current() -> tuple[pathlib.Path, str]:
-    """Returns the report that README's section says it is made from, and the section's text.
+def current(document: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """Returns the report that a document's section says it is made from, and the section's text.
 
     Raises:
-      ValueError: if README has no such section.
+      ValueError: if the document has no such section.
     """
-    found = _SECTION.search(README.read_text())
+    found = _SECTION.search(document.read_text())
     if not found:
-        raise ValueError("README.md has no section between the comments of `python -m benchmarks readme`")
+        raise ValueError(f"{document.name} has no section between the comments of `python -m benchmarks readme`")
     return ROOT / found["file"], found["text"]
 
 
 def write(path: pathlib.Path) -> None:
-    """Writes README's section and its pictures."""
+    """Writes the documents' sections and README's pictures."""
     from benchmarks import figures
 
-    current()
     report = reports.load(path)
-    file = path.resolve().relative_to(ROOT)
-    text = f"<!-- python -m benchmarks readme {file} -->\n{section(report)}\n<!-- end of what that command writes -->"
-    README.write_text(_SECTION.sub(lambda _: text, README.read_text()))
+    command = f"python -m benchmarks readme {path.resolve().relative_to(ROOT)}"
+    for document, make in SECTIONS.items():
+        current(document)
+        text = f"<!-- {command} -->\n{make(report)}\n<!-- end of what that command writes -->"
+        document.write_text(_SECTION.sub(lambda _, text=text: text, document.read_text()))
     figures.draw(report, FIGURES)
 
 
@@ -110,3 +112,7 @@ def _times(value: float | None) -> str:
 
 def _long(dtype: str) -> str:
     return {"bf16": "bfloat16", "f16": "float16", "tf32": "float32 (TF32)", "f32": "float32"}[dtype]
+
+
+SECTIONS = {README: section, ROOT / "docs" / "performance.md": fractions.section}
+"""By document: what makes the text of its section."""

@@ -120,9 +120,14 @@ def _beside_bandwidth(records: list[dict[str, Any]], bytes_per_s: float) -> Rows
     yield ["case", "time", "bound", "part of it"]
     for ours in select(records, contender="native", product="y", cache="cold"):
         if ours["m"] <= FEW_TOKENS:
-            blocks = ours["flops"] / (2 * ours["m"]) * DTYPES[ours["dtype"]].dtype.itemsize
-            bound = 1.25 * blocks / bytes_per_s + 3e-6
+            bound = reading_bound(ours, bytes_per_s)
             yield [_case(ours), _time(ours["median_s"]), _time(bound), f"{ours['median_s'] / bound:.2f}"]
+
+
+def reading_bound(record: dict[str, Any], bytes_per_s: float) -> float:
+    """Returns the seconds in which a product with few tokens is to be done: its blocks read, and a start."""
+    blocks = record["flops"] / (2 * record["m"]) * DTYPES[record["dtype"]].dtype.itemsize
+    return 1.25 * blocks / bytes_per_s + 3e-6
 
 
 def _case(record: dict[str, Any]) -> str:

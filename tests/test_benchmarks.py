@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import __main__ as program
-from benchmarks import checking, contenders, figures, loop, mlp, readme, report, shipping, tasks, timing
+from benchmarks import checking, contenders, figures, fractions, loop, mlp, readme, report, shipping, tasks, timing
 from benchmarks.cases import PATTERNS, PRESETS, Shape, Workload
 from benchmarks.inputs import Inputs
 
@@ -302,11 +302,24 @@ def test_fastest_peer_is_found():
     assert pairs == [(ours, fast)]
 
 
-def test_readme_is_what_the_command_makes():
-    path, text = readme.current()
-    assert text == readme.section(report.load(path)) + "\n"
+@pytest.mark.parametrize("document", readme.SECTIONS, ids=lambda document: document.stem)
+def test_documents_are_what_the_command_makes(document):
+    path, text = readme.current(document)
+    assert text == readme.SECTIONS[document](report.load(path)) + "\n"
     for picture in re.findall(r"\]\((.*?\.png)\)", text):
         assert (readme.ROOT / picture).is_file()
+
+
+def test_fractions():
+    results = some_results()
+    results["environment"]["copy_bytes_per_s"] = 2e12
+    few = record(m=16, density=0.1) | {"median_s": 6e-6, "flops": 2 * 16 * 1.6e6}
+    results["results"] += [few, record(pattern="banded", speedup=6.0), record(dtype="f16", speedup=3.0)]
+    text = fractions.section(results)
+    assert re.search(r"\| dw 32 \| 0.50 \(0.12\) \| +0.50 \(0.12\) \|", text)
+    assert re.search(r"\| 16 x 1024 x 1024, 32 \| 6.0 us \(1.20\) \|", text)
+    assert re.search(r"\| banded 32 \| 1.20 \|", text)
+    assert re.search(r"\| f16 native 32, 0.1 \| 3.00 \|", text)
 
 
 def test_benchmark_writes_what_is_shipped(tmp_path, monkeypatch):
