@@ -129,15 +129,20 @@ class Selection:
             yield Group(Workload(*workload), self.cache, cases)
 
 
-PEERS = ("torch-bsr", "stk", "cusparse-bell", "cusparse-bsr")
-SLOW_PEERS = ("xla", "jax-bcoo")
+PEERS = ("torch-bsr", "stk", "cusparse-bell")
+SLOW_PEERS = ("cusparse-bsr", "xla", "jax-bcoo")
 
 _MAIN = Selection(shapes=(Shape(8192, 4096, 4096),), densities=(1.0, 0.5, 0.25, 0.1, 0.05, 0.02))
 # Their y and dx are one kernel; each that is compiled takes seconds.
 _PEERS = dataclasses.replace(
     _MAIN, blocks=(128, 64, 32, 16), densities=(0.5, 0.25, 0.1, 0.05), products=("y", "dw"), contenders=PEERS
 )
-_OTHERS = Selection(shapes=(Shape(8192, 4096, 16384), Shape(8192, 16384, 4096), Shape(32768, 1024, 4096)))
+# Up to seventy times slower than dense.
+_SLOW_PEERS = dataclasses.replace(_PEERS, densities=(0.1,), contenders=("cusparse-bsr",))
+_WIDE, _DEEP, _LONG = (
+    Selection(shapes=(shape,))
+    for shape in (Shape(8192, 4096, 16384), Shape(8192, 16384, 4096), Shape(32768, 1024, 4096))
+)
 _FEW_TOKENS = Selection(
     shapes=(*(Shape(m, 12288, 12288) for m in (64, 32)), *(Shape(m, 4096, 14336) for m in (16, 4, 1))),
     blocks=(16, 32, 64, 128),
@@ -150,10 +155,12 @@ _FEW_TOKENS_PEERS = dataclasses.replace(
 _FEW_TOKENS_WARM = dataclasses.replace(
     _FEW_TOKENS, shapes=_FEW_TOKENS.shapes[::4], blocks=(32,), densities=(0.1, 0.05), cache="warm"
 )
+# So small that a call costs what its launch does.
+_TINY = Selection(shapes=(Shape(16, 64, 64),), blocks=(16,), densities=(0.5,), cache="warm")
 _UNEVEN = dataclasses.replace(
     _MAIN, blocks=(16, 32, 64, 128), densities=(0.1,), patterns=("bernoulli", "barabasi-albert", "banded")
 )
-_DTYPES = dataclasses.replace(_MAIN, blocks=(16, 64), densities=(0.1,), dtypes=("f16", "tf32"))
+_DTYPES = dataclasses.replace(_MAIN, blocks=(16, 64), densities=(0.1,), dtypes=("tf32", "f16"), products=("y", "dw"))
 _TRUE_FLOAT32 = dataclasses.replace(_DTYPES, dtypes=("f32",), contenders=("native", "xla"))
 
 PRESETS: dict[str, tuple[Selection, ...]] = {
@@ -162,19 +169,27 @@ PRESETS: dict[str, tuple[Selection, ...]] = {
     "standard": (
         _MAIN,
         _PEERS,
+        _SLOW_PEERS,
         _UNEVEN,
-        _FEW_TOKENS,
         _FEW_TOKENS_PEERS,
-        _OTHERS,
+        dataclasses.replace(_FEW_TOKENS, shapes=_FEW_TOKENS.shapes[::2]),
+        _WIDE,
         _DTYPES,
         _TRUE_FLOAT32,
+        dataclasses.replace(_FEW_TOKENS, shapes=_FEW_TOKENS.shapes[1::2]),
+        _DEEP,
+        _LONG,
         _FEW_TOKENS_WARM,
+        _TINY,
     ),
     "full": (
         dataclasses.replace(_MAIN, contenders=("native", *PEERS, *SLOW_PEERS)),
         dataclasses.replace(_FEW_TOKENS, densities=_MAIN.densities, contenders=("native", *PEERS, *SLOW_PEERS)),
         dataclasses.replace(_UNEVEN, blocks=_MAIN.blocks, densities=_MAIN.densities, patterns=tuple(PATTERNS)[1:]),
-        dataclasses.replace(_OTHERS, densities=_MAIN.densities, contenders=("native", *PEERS)),
+        *(
+            dataclasses.replace(each, densities=_MAIN.densities, contenders=("native", *PEERS))
+            for each in (_WIDE, _DEEP, _LONG)
+        ),
         *(
             dataclasses.replace(each, blocks=_MAIN.blocks, densities=_MAIN.densities, contenders=("native", "xla"))
             for each in (_DTYPES, _TRUE_FLOAT32)

@@ -8,7 +8,6 @@ the body is counted in the compiled HLO; and the time must grow in proportion to
 import functools
 import math
 import re
-import statistics
 import time
 from typing import Any
 
@@ -23,7 +22,7 @@ from benchmarks.timing import byte_count
 LEAST_CALLS, MOST_CALLS, ITERATION_SECONDS = 8, 64, 0.0004
 # The inner loop, whose length is compiled in, takes about so long; the outer one, which waits for the host to look at
 # its condition, makes of it a run of about so long.
-INNER_SECONDS, RUN_SECONDS = 0.004, 0.008
+INNER_SECONDS, RUN_SECONDS = 0.003, 0.006
 LEAST_TRIPS = 2  # XLA knows a loop of one trip for none
 _ATTEMPTS = 3  # to be alone on the machine
 
@@ -63,9 +62,10 @@ class LoopProgram:
         else:
             self._find_overhead()
             self._rounds = 1
-            seconds = min(self.run() for _ in range(2)) / self.calls
-            if seconds * self.calls > INNER_SECONDS / 2:
+            taken = min(self.run() for _ in range(2))
+            if taken > INNER_SECONDS / 2:
                 return False
+            seconds = max(taken, INNER_SECONDS / 100) / self.calls
         self.input_copies, self._calls = choose_calls(byte_count(self._first), self._cold_bytes, seconds)
         self._trips = max(LEAST_TRIPS, round(INNER_SECONDS / self._calls / seconds))
         return True
@@ -116,22 +116,23 @@ class LoopProgram:
             self._rounds = 1
             self.run()
             short = min(self.run() for _ in range(2))
-            wanted = math.ceil(RUN_SECONDS / short)
+            wanted = max(1, math.ceil(RUN_SECONDS / short))
             self._rounds = max(2, wanted)
             long = min(self.run() for _ in range(2))
             # The part of the time that grows with the rounds; the rest may be other work, of others too.
             explained = (long - short) / (self._rounds - 1) * self._rounds / long
-            if 0.7 < explained < 1.4:
+            if 0.7 < explained < 1.4 and 0 < self._overhead < RUN_SECONDS / 4:
                 self._rounds = wanted
                 return
         raise NotTimedError(
-            f"time is not in proportion to calls: 1 round takes {short:.3e} s, {self._rounds} {long:.3e} s"
+            f"time is not in proportion to calls: 1 round takes {short:.3e} s, {self._rounds} {long:.3e} s, "
+            f"without the {self._overhead:.3e} s of none"
         )
 
     def _find_overhead(self) -> None:
-        """Times a run of no rounds: what the host takes to start the program, and to hear of its end."""
+        """Times runs of no rounds: what the host takes to start the program and to hear of its end, at the least."""
         self._rounds, self._overhead = 0, 0.0
-        self._overhead = statistics.median(self.run() for _ in range(5))
+        self._overhead = min(self.run() for _ in range(5))
 
     def run(self) -> float:
         """Runs the loop to its end and returns the seconds that its rounds took."""

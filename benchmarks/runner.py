@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import methodcaller
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from benchmarks.tasks import LibraryTask, Task
 from benchmarks.timing import CallProgram, Program, Times, measure
 
 _FITTINGS = 2  # the first goes by the time of calls from Python, too long for the shortest
-_CHECKS_AT_A_TIME = 4  # each takes memory for matrices in float64
+_CHECKS_AT_A_TIME = 8  # each takes memory for matrices in float64
 
 T = TypeVar("T")
 
@@ -78,12 +78,15 @@ class Runner:
           A record for each contender and sparsity, dense first. Its "status" is "ok", "wrong" (the result failed the
           check) or "error" (it raised), with the reason in "message" and null for all times.
         """
+        added = []
         if self._dense_of != (group.workload, group.cache):
             self._dense = self._inputs = None  # frees their memory before the next are made
             self._inputs = Inputs(group.workload)
-            [self._dense] = self._prepare([Case(DENSE, None)], group, threads=1)
+            self._dense = self._entry(Case(DENSE, None), group)  # alone: XLA times the kernels it chooses from
             self._dense_of = (group.workload, group.cache)
-        entries = [dataclasses.replace(self._dense, record=dict(self._dense.record)), *self._prepare_all(group)]
+            added = [self._dense]
+        entries = self._prepare(group, added)
+        entries.insert(0, dataclasses.replace(self._dense, record=dict(self._dense.record)))
         for entry in entries:
             self._calibrate(entry)
         ready = [entry for entry in entries if entry.program is not None]
@@ -96,25 +99,28 @@ class Runner:
             entry.record |= _against(entry.record, entries[0].record)
         return [entry.record for entry in entries]
 
-    def _prepare_all(self, group: Group) -> list[_Entry]:
-        """Compiles in parallel what is in JAX; libraries with compilers and captures of their own come in turn."""
-        alone = [case for case in group.cases if CONTENDERS[case.contender].needs]
-        others = [case for case in group.cases if case not in alone]
-        threads = 1 if self._method.platform == "cpu" else len(os.sched_getaffinity(0))
-        entries = dict(zip(others, self._prepare(others, group, threads), strict=True))
-        entries |= zip(alone, self._prepare(alone, group, threads=1), strict=True)
-        return [entries[case] for case in group.cases]
+    def _prepare(self, group: Group, added: list[_Entry]) -> list[_Entry]:
+        """Makes, compiles and checks the programs of a group, and compiles and checks what is added to them.
 
-    def _prepare(self, cases: Sequence[Case], group: Group, threads: int) -> list[_Entry]:
-        """Compiles and checks programs; whatever is timed for it is timed with nothing else running."""
+        What is in JAX is compiled in parallel. Libraries with compilers and captures of their own come in turn, and
+        never while JAX runs what it may capture. Whatever is timed is timed with nothing else running.
+        """
+        threads = 1 if self._method.platform == "cpu" else len(os.sched_getaffinity(0))
+        alone = {case for case in group.cases if CONTENDERS[case.contender].needs}
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            entries = list(pool.map(lambda case: self._entry(case, group), cases))
+            futures = {case: pool.submit(self._entry, case, group) for case in group.cases if case not in alone}
+            others = {case: self._entry(case, group) for case in group.cases if case in alone}
+            in_jax = [*added, *(future.result() for future in futures.values())]
             for _ in range(_FITTINGS):
-                unfit = [entry for entry in entries if entry.attempt(methodcaller("fit"))]
+                unfit = [entry for entry in in_jax if entry.attempt(methodcaller("fit"))]
                 list(pool.map(methodcaller("attempt", methodcaller("build")), unfit))
         with concurrent.futures.ThreadPoolExecutor(min(threads, _CHECKS_AT_A_TIME)) as pool:
-            list(pool.map(lambda entry: self._check(entry, group.workload.dtype), entries))
-        return entries
+            list(pool.map(lambda entry: self._check(entry, group.workload.dtype), in_jax))
+        for entry in others.values():
+            entry.attempt(methodcaller("fit"))
+            entry.attempt(methodcaller("build"))
+            self._check(entry, group.workload.dtype)
+        return [others[case] if case in alone else futures[case].result() for case in group.cases]
 
     def _entry(self, case: Case, group: Group) -> _Entry:
         workload, sparsity = group.workload, case.sparsity
