@@ -121,7 +121,7 @@ class LoopProgram:
             long = min(self.run() for _ in range(2))
             # The part of the time that grows with the rounds; the rest may be other work, of others too.
             explained = (long - short) / (self._rounds - 1) * self._rounds / long
-            if 0.7 < explained < 1.4 and 0 < self._overhead < RUN_SECONDS / 4:
+            if 0.7 < explained < 1.4:
                 self._rounds = wanted
                 return
         raise NotTimedError(
