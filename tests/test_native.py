@@ -136,6 +136,7 @@ GOOD_CUDA = {
         "bias": ((1, 0), "f4"),
         "scale": ((1, 0, 0), "f4"),
         "slope": ((0,), "f4"),
+        "column_sums": ((0, 0, 0), "f4"),
         "workspace": ((0,), "f4"),
         "activation": np.int32(0),
         "tile_features": np.int32(MATMUL_LAYOUT.tile_features),
@@ -148,7 +149,7 @@ GOOD_CUDA = {
         "tiles": np.int32(SDDMM_LAYOUT.tiles),
     },
 }
-RESULTS = {"matmul": ("y", "slope", "workspace"), "sddmm": ("data",)}
+RESULTS = {"matmul": ("y", "slope", "column_sums", "workspace"), "sddmm": ("data",)}
 
 
 def call(kind, platform, **changes):
@@ -223,6 +224,9 @@ def test_handler_refuses_what_does_not_fit(kind, changes, message, device):
         ("matmul", {"scale": ((1, 5, 16), "f2")}, r"scale must have the .* element type"),
         ("matmul", {"slope": ((1, 5, 15), "f4")}, r"slope must have the shape"),
         ("matmul", {"slope": ((1, 5, 16), "f2")}, r"slope must have the .* element type"),
+        ("matmul", {"column_sums": ((1, 1, 15), "f4")}, r"column_sums must have shape"),
+        ("matmul", {"column_sums": ((1, 1, 16), "f4"), "bias": ((1, 16), "f4")}, r"column_sums .* no bias"),
+        ("matmul", {"column_sums": ((1, 1, 16), "f4"), "activation": np.int32(1)}, r"column_sums .* no activation"),
         ("matmul", {"workspace": ((1, 3, 8, 8), "f4")}, r"workspace must be as large as data"),
         ("matmul", {"plan": ((1, GOOD_CUDA["matmul"]["plan"][0][1]), "f4")}, r"(?i)dtype.*S32.*F32|F32.*S32"),
         ("sddmm", {"plan": ((1, 7), "i4")}, r"plan has another shape"),
