@@ -53,7 +53,8 @@ sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan, c
   to.max_steps = static_cast<std::int32_t>(plan.layout.max_steps);
   to.capacity = plan.capacity;
   to.type = p.type;
-  to.transpose = p.transpose && !packs;  // packing transposes
+  // Packing makes one of the other: of small blocks what suits both, of float ones the transposed.
+  to.transpose = packs ? p.type == ElementType::kF32 : p.transpose;
   to.f32_output = p.f32_output;
   to.epilogue = epilogue;
   return to;
@@ -109,11 +110,27 @@ cudaError_t LaunchMatmulSkinny(const MatmulParams& params, const Device& device,
                                            : LaunchMatmulSkinnyF16(params, device.sm_count, stream);
 }
 
+cudaError_t LaunchPack(const sm90::PackParams& params, ElementType type, cudaStream_t stream) {
+  return Is16Bit(type) ? sm90::LaunchPack(params, stream) : sm90::LaunchPackTF32(params, stream);
+}
+
+cudaError_t LaunchHopper(const sm90::MatmulParams& params, cudaStream_t stream) {
+  if (params.type == ElementType::kF32) return sm90::LaunchMatmulTF32(params, stream);
+  return params.type == ElementType::kBF16 ? sm90::LaunchMatmulBF16(params, stream)
+                                           : sm90::LaunchMatmulF16(params, stream);
+}
+
+cudaError_t LaunchHopper(const sm90::SddmmParams& params, cudaStream_t stream) {
+  if (params.type == ElementType::kF32) return sm90::LaunchSddmmTF32(params, stream);
+  return params.type == ElementType::kBF16 ? sm90::LaunchSddmmBF16(params, stream)
+                                           : sm90::LaunchSddmmF16(params, stream);
+}
+
 // Says in `is_finished` whether the kernel has applied the epilogue.
 cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, bool* is_finished,
                        cudaStream_t stream) {
   *is_finished = epilogue.IsIdentity();
-  if (!Is16Bit(params.type)) return LaunchMatmulSimt(params, stream);
+  if (!Is16Bit(params.type) && !params.tf32) return LaunchMatmulSimt(params, stream);
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
 
@@ -126,11 +143,10 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const
     if (sm90::CanLaunchMatmul(product)) {
       *is_finished |= fuses;
       if (plan.workspace != nullptr) {
-        const cudaError_t error = sm90::LaunchPack(PackingFor(params, plan, product), stream);
+        const cudaError_t error = LaunchPack(PackingFor(params, plan, product), params.type, stream);
         if (error != cudaSuccess) return error;
       }
-      return params.type == ElementType::kBF16 ? sm90::LaunchMatmulBF16(product, stream)
-                                               : sm90::LaunchMatmulF16(product, stream);
+      return LaunchHopper(product, stream);
     }
   }
 
@@ -154,15 +170,14 @@ cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, const Epilog
 }
 
 cudaError_t Run(const SddmmParams& params, const SddmmPlan& plan, cudaStream_t stream) {
-  if (!Is16Bit(params.type)) return LaunchSddmmSimt(params, stream);
+  if (!Is16Bit(params.type) && !params.tf32) return LaunchSddmmSimt(params, stream);
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
 
   if (device.major == 9) {
     const sm90::SddmmParams product = HopperParams(params, plan);
     if (sm90::CanLaunchSddmm(product)) {
-      return params.type == ElementType::kBF16 ? sm90::LaunchSddmmBF16(product, stream)
-                                               : sm90::LaunchSddmmF16(product, stream);
+      return LaunchHopper(product, stream);
     }
   }
 

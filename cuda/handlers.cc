@@ -60,8 +60,8 @@ ffi::ErrorOr<MatmulPlan> DecodePlan(const char* target, const MatmulParams& para
     if (static_cast<std::int64_t>(workspace.size_bytes()) != wanted) return error("workspace must be as large as data");
     decoded.workspace = workspace.untyped_data();
   }
-  // Without room to pack, small blocks are left to the kernels that take them in any order.
-  if (params.block < kPlanChunk && decoded.workspace == nullptr) decoded.plan = nullptr;
+  // Without room to pack, blocks are left to the kernels that take them as they are.
+  if (NeedsPacking(params) && decoded.workspace == nullptr) decoded.plan = nullptr;
   return decoded;
 }
 
@@ -109,14 +109,15 @@ ffi::ErrorOr<Epilogue> DecodeEpilogue(const char* target, const MatmulParams& pa
   return decoded;
 }
 
-ffi::Error Matmul(cudaStream_t stream, bool transpose, std::int32_t activation, std::int32_t tile_features,
+ffi::Error Matmul(cudaStream_t stream, bool transpose, bool tf32, std::int32_t activation, std::int32_t tile_features,
                   std::int32_t capacity, ffi::AnyBuffer x, ffi::AnyBuffer data, Indices ptr, Indices order,
                   Indices inner, Indices plan, Bias bias, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> y,
                   ffi::Result<ffi::AnyBuffer> slope, ffi::Result<ColumnSums> column_sums,
                   ffi::Result<ffi::AnyBuffer> workspace) {
   constexpr char kTarget[] = "jax_blocksparse.matmul";
-  const auto params = DecodeMatmul(x, data, ptr, order, inner, *y, transpose);
+  auto params = DecodeMatmul(x, data, ptr, order, inner, *y, transpose);
   if (params.has_error()) return params.error();
+  params->tf32 = tf32;
   if (y->element_count() == 0) return ffi::Error::Success();
   if (const ffi::Error error = CheckSupported(kTarget, params->type, params->data); error.failure()) return error;
   const auto decoded = DecodePlan(kTarget, *params, plan, *workspace, tile_features, capacity);
@@ -147,11 +148,13 @@ ffi::ErrorOr<SddmmPlan> DecodePlan(const char* target, const SddmmParams& params
   return decoded;
 }
 
-ffi::Error Sddmm(cudaStream_t stream, std::int32_t unit, std::int32_t split, std::int32_t tiles, ffi::AnyBuffer x,
-                 ffi::AnyBuffer dy, Indices rows, Indices cols, Indices plan, ffi::Result<ffi::AnyBuffer> data) {
+ffi::Error Sddmm(cudaStream_t stream, bool tf32, std::int32_t unit, std::int32_t split, std::int32_t tiles,
+                 ffi::AnyBuffer x, ffi::AnyBuffer dy, Indices rows, Indices cols, Indices plan,
+                 ffi::Result<ffi::AnyBuffer> data) {
   constexpr char kTarget[] = "jax_blocksparse.sddmm";
-  const auto params = DecodeSddmm(x, dy, rows, cols, *data);
+  auto params = DecodeSddmm(x, dy, rows, cols, *data);
   if (params.has_error()) return params.error();
+  params->tf32 = tf32;
   if (data->element_count() == 0) return ffi::Error::Success();
   if (const ffi::Error error = CheckSupported(kTarget, params->type, params->data); error.failure()) return error;
   const auto decoded = DecodePlan(kTarget, *params, plan, unit, split, tiles);
@@ -165,6 +168,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseMatmulCuda, Matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
                                   .Attr<bool>("transpose")
+                                  .Attr<bool>("tf32")
                                   .Attr<std::int32_t>("activation")
                                   .Attr<std::int32_t>("tile_features")
                                   .Attr<std::int32_t>("capacity")
@@ -185,6 +189,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseMatmulCuda, Matmul,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxBlocksparseSddmmCuda, Sddmm,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
+                                  .Attr<bool>("tf32")
                                   .Attr<std::int32_t>("unit")
                                   .Attr<std::int32_t>("split")
                                   .Attr<std::int32_t>("tiles")

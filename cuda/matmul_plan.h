@@ -11,6 +11,12 @@ namespace jax_blocksparse {
 
 constexpr int kPlanChunk = 64;  // input features of a step
 
+// Whether the Hopper kernels want the blocks brought into place first: small ones, and float ones with rows along the
+// depth, which they cannot read across.
+constexpr bool NeedsPacking(const MatmulParams& p) {
+  return p.block < kPlanChunk || (p.type == ElementType::kF32 && !p.transpose);
+}
+
 // Where the lists begin, in integers; every list is padded to a multiple of 16 bytes.
 struct MatmulPlanLayout {
   std::int64_t tiles = 0;  // (feature_tiles, 4): tile, first step, number of steps, 0; most work first

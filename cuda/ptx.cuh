@@ -74,7 +74,8 @@ __device__ __forceinline__ void LoadMatrices(std::uint32_t (&out)[4], std::uint3
   }
 }
 
-// sum += A B with A 16x16 row-major, B 16x8 column-major and a float sum, in the fragment layouts of mma.m16n8k16.
+// sum += A B with A 16x16 row-major, B 16x8 column-major and a float sum, in the fragment layouts of mma.m16n8k16. Of
+// float, which is rounded towards zero to TF32, A has half of the columns and B half of the rows: mma.m16n8k8.
 template <typename T>
 __device__ __forceinline__ void MultiplyAdd(float (&sum)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                             std::uint32_t b1);
@@ -94,6 +95,16 @@ __device__ __forceinline__ void MultiplyAdd<__half>(float (&sum)[4], const std::
                                                     std::uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void MultiplyAdd<float>(float (&sum)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                                   std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

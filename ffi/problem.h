@@ -33,7 +33,8 @@ struct MatmulParams {
   std::int64_t order_batch_stride;  // of order and inner
   ElementType type;                 // of x and data
   bool transpose;
-  bool f32_output;  // y is float, else it has the element type
+  bool f32_output;    // y is float, else it has the element type
+  bool tf32 = false;  // factors of type float may be rounded to TF32
 };
 
 // data[g, z] = x[g, :, rows[z]*b:+b]^T dy[g, :, cols[z]*b:+b]; the contract of "jax_blocksparse.sddmm.v1". Zeros where
@@ -55,6 +56,7 @@ struct SddmmParams {
   std::int64_t ids_batch_stride;  // of rows and cols
   ElementType type;               // of x and dy
   bool f32_output;                // data is float, else it has the element type
+  bool tf32 = false;              // factors of type float may be rounded to TF32
 };
 
 }  // namespace jax_blocksparse

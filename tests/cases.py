@@ -78,6 +78,12 @@ TILES = tuple(
     for b in BLOCK_SIZES
 )
 
+# The same in sizes that they accept of float32 only.
+TILES_OF_FLOAT32 = tuple(
+    _cut(f"float_tiles_{b}", (-(-332 // b), -(-388 // b)), b, density=0.3, ragged=(-332 % b, -388 % b), leading=(130,))
+    for b in BLOCK_SIZES
+)
+
 CASES = (
     *BLOCKS,
     *TILES,
@@ -122,6 +128,11 @@ def normal(shape, dtype, seed):
 def wide(array):
     """The array in a dtype that makes no error worth counting beside that of its own."""
     return np.asarray(array, np.longdouble if array.dtype == np.float64 else np.float64)
+
+
+def uses_tf32(dtype, precision, device):
+    """Whether factors of a product may be rounded to TF32, by XLA and by us."""
+    return dtype == "float32" and precision != "highest" and device.platform == "gpu"
 
 
 def enable_x64(*dtypes):
@@ -173,22 +184,23 @@ def relative_error(got, wanted):
     return error / size if error else 0.0
 
 
-def assert_exact(got, wanted, dense_result):
+def assert_exact(got, wanted, dense_result, *, tf32=False):
     """The rule: at most twice the error that the dense product of the same dtype makes on the same device.
 
     More is allowed only where sums are so short that the dense error may be nothing by luck: some roundings of the
-    accumulator and half of one of the result.
+    accumulator and half of one of the result; and where XLA is free to round to TF32, but may prefer not to.
 
     Args:
       got: what is tested.
       wanted: the same by NumPy in a wide dtype, from inputs rounded to theirs.
       dense_result: the same by dense jax.numpy products, in the dtype of `got`.
+      tf32: whether factors may be rounded to TF32.
     """
     assert got.dtype == dense_result.dtype
     assert got.shape == wanted.shape
     error, allowed = relative_error(got, wanted), relative_error(dense_result, wanted)
     accumulator = jnp.promote_types(got.dtype, jnp.float32)
-    floor = jnp.finfo(got.dtype).eps / 4 + 2 * jnp.finfo(accumulator).eps
+    floor = jnp.finfo(got.dtype).eps / 4 + 2 * jnp.finfo(accumulator).eps + tf32 * 2**-11
     assert error <= 2 * allowed + floor, f"relative error {error:.2e}, of the dense product {allowed:.2e}"
 
 

@@ -58,7 +58,7 @@ def products(dtype, block_size, tokens, shape, *, density=0.4, damage=False):
     wanted = x @ dense, dy @ dense.T, cases.sampled(x.T @ dy, w.pattern)
     for name, got, want in zip(("y", "dx", "dW"), results, wanted, strict=True):
         error = cases.relative_error(got, want)
-        assert error < (1e-5 if dtype == "float32" else 6e-3), (
+        assert error < (1e-3 if dtype == "float32" else 6e-3), (
             f"{name} {dtype} {block_size} {tokens}: error {error:.1e}"
         )
 
@@ -93,20 +93,26 @@ def main():
     checks = [
         *(("bfloat16", b, tokens, SHAPE) for b, tokens in itertools.product(jbs.BLOCK_SIZES, (1, 33, 300))),
         *(("float16", b, 300, SHAPE) for b in jbs.BLOCK_SIZES),
+        *(("float32", b, 300, SHAPE) for b in jbs.BLOCK_SIZES),
         *(("float32", b, 70, ODD_SHAPE) for b in jbs.BLOCK_SIZES),
         *(("bfloat16", b, 130, ODD_SHAPE) for b in jbs.BLOCK_SIZES),
     ]
     for check in checks:
         products(*check)
     # Large tiles, several for each SM; at the lower density blocks of 128 have another kernel.
-    large = [*itertools.product(("bfloat16", "float16"), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4, 0.1))]
+    large = [
+        *itertools.product(("bfloat16", "float16"), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4, 0.1)),
+        *itertools.product(("float32",), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4,)),
+    ]
     for dtype, b, shape, density in large:
         products(dtype, b, MANY_TOKENS, shape, density=density)
     for b, tokens in itertools.product(jbs.BLOCK_SIZES, (33, 300)):
         products("bfloat16", b, tokens, SHAPE, damage=True)
-    for b, shape in PAIRED:
-        products("bfloat16", b, 300, shape, density=0.5)
-        products("bfloat16", b, 300, shape, density=0.5, damage=True)
+    for b in jbs.BLOCK_SIZES:
+        products("float32", b, 300, SHAPE, damage=True)
+    paired = [*itertools.product(("bfloat16", "float32"), PAIRED, (False, True))]
+    for dtype, (b, shape), damage in paired:
+        products(dtype, b, 300, shape, density=0.5, damage=damage)
     layers = [
         *(("bfloat16", b, "gelu_tanh") for b in jbs.BLOCK_SIZES),
         *(("float16", 16, activation) for activation in activations.ACTIVATIONS),
@@ -117,7 +123,7 @@ def main():
         layer(*each)
     for b in (32, 128):
         layer("bfloat16", b, "relu", damage=True)
-    count = len(checks) + len(large) + 2 * len(jbs.BLOCK_SIZES) + 2 * len(PAIRED) + len(layers) + 2
+    count = len(checks) + len(large) + 3 * len(jbs.BLOCK_SIZES) + len(paired) + len(layers) + 2
     print(f"{count} checks")
 
 

@@ -17,12 +17,12 @@ import jax_blocksparse as jbs
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def check(x, w, wanted=None, *, preferred_element_type=None, **options):
+def check(x, w, wanted=None, *, precision=HIGHEST, preferred_element_type=None, tf32=False, **options):
     """Compares a product with NumPy's and with the dense product of the same dtype."""
-    got = jbs.matmul(x, w, preferred_element_type=preferred_element_type, **options)
+    got = jbs.matmul(x, w, precision=precision, preferred_element_type=preferred_element_type, **options)
     dense = cases.dense(w)
-    as_dense = jnp.dot(x, dense.astype(w.dtype), precision=HIGHEST, preferred_element_type=preferred_element_type)
-    cases.assert_exact(got, cases.wide(x) @ dense if wanted is None else wanted, as_dense)
+    as_dense = jnp.dot(x, dense.astype(w.dtype), precision=precision, preferred_element_type=preferred_element_type)
+    cases.assert_exact(got, cases.wide(x) @ dense if wanted is None else wanted, as_dense, tf32=tf32)
 
 
 # In plain XLA, the transpose is the same program with other arrays.
@@ -37,9 +37,9 @@ def test_equals_the_dense_product(implementation, dtype, case, transposed, devic
     implementation = cases.available(implementation, device, dtype)
     with cases.enable_x64(dtype):
         if transposed:
-            check(case.dy(dtype), case.w(dtype).T, implementation=implementation, precision=HIGHEST)
+            check(case.dy(dtype), case.w(dtype).T, implementation=implementation)
         else:
-            check(case.x(dtype), case.w(dtype), implementation=implementation, precision=HIGHEST)
+            check(case.x(dtype), case.w(dtype), implementation=implementation)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
@@ -89,10 +89,24 @@ def test_dtypes_are_promoted(x_dtype, w_dtype, wanted, implementation, device):
     assert cases.relative_error(got, cases.wide(x) @ cases.dense(w)) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "precision", [None, "default", "high", "highest", jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH]
-)
-def test_native_float32_is_float32_at_every_precision(precision, device):
+@pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
+@pytest.mark.parametrize("precision", [None, "high", "highest"])
+@pytest.mark.parametrize("case", cases.TILES + cases.TILES_OF_FLOAT32, ids=str)
+def test_float32_is_as_precise_as_asked_for(case, precision, transposed, device):
+    x, w = (case.dy(), case.w().T) if transposed else (case.x(), case.w())
+    tf32 = cases.uses_tf32("float32", precision, device)
+    check(x, w, implementation="native", precision=precision, tf32=tf32)
+
+
+@pytest.mark.parametrize("configured", ["float32", "F32_F32_F32", "highest"])
+def test_default_precision_can_be_configured(configured, device):
+    case = cases.TILES[2]
+    with jax.default_matmul_precision(configured):
+        check(case.x(), case.w(), implementation="native", precision=None)
+
+
+@pytest.mark.parametrize("precision", ["default", "fastest", jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH])
+def test_every_precision_has_its_names(precision, device):
     case = cases.BLOCKS[2]
     check(case.x(), case.w(), implementation="native", precision=precision)
 
@@ -109,7 +123,7 @@ def test_equals_scipy_on_random_patterns(implementation, examples, device):
             bsr = bsr_array(case, w.data)
             wanted = product_with_scipy(x, bsr.T if transposed else bsr, case.shape[0 if transposed else 1])
             chosen = cases.available(implementation, device, dtype)
-            check(x, w.T if transposed else w, wanted, implementation=chosen, precision=HIGHEST)
+            check(x, w.T if transposed else w, wanted, implementation=chosen)
 
     holds()
 
@@ -132,7 +146,9 @@ def product_with_scipy(x, bsr, features):
     return (padded @ bsr)[:, :features].reshape(*x.shape[:-1], features)
 
 
-@pytest.mark.parametrize(("dtype", "block_size"), [("float32", 16), ("bfloat16", 16), ("bfloat16", 64)])
+@pytest.mark.parametrize(
+    ("dtype", "block_size"), [("float32", 16), ("float32", 64), ("bfloat16", 16), ("bfloat16", 64)]
+)
 @pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
 def test_is_the_same_to_the_bit_every_time(implementation, dtype, block_size, transposed, device):
     w = cases.random_w((512, 640), block_size, density=0.3, dtype=dtype)

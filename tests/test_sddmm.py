@@ -16,21 +16,28 @@ from jax_blocksparse import sddmm_layout
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def check(x, dy, pattern, *, preferred_element_type=None, **options):
+def check(x, dy, pattern, *, precision=HIGHEST, preferred_element_type=None, tf32=False, **options):
     """Compares the blocks with NumPy's and with those of the dense product of the same dtype."""
-    got = jbs.sddmm(x, dy, pattern, preferred_element_type=preferred_element_type, **options)
+    got = jbs.sddmm(x, dy, pattern, precision=precision, preferred_element_type=preferred_element_type, **options)
     leading = int(np.prod(x.shape[:-1]))
     x, dy = x.reshape(leading, x.shape[-1]), dy.reshape(leading, dy.shape[-1])
-    as_dense = np.asarray(jnp.dot(x.T, dy, precision=HIGHEST, preferred_element_type=preferred_element_type))
+    as_dense = np.asarray(jnp.dot(x.T, dy, precision=precision, preferred_element_type=preferred_element_type))
     wanted = cases.wide(x).T @ cases.wide(dy)
-    cases.assert_exact(got, cases.sampled(wanted, pattern), cases.sampled(as_dense, pattern))
+    cases.assert_exact(got, cases.sampled(wanted, pattern), cases.sampled(as_dense, pattern), tf32=tf32)
 
 
 @pytest.mark.parametrize(("implementation", "dtype", "case"), cases.PRODUCTS, ids=str)
 def test_equals_the_dense_product(implementation, dtype, case, device):
     implementation = cases.available(implementation, device, dtype)
     with cases.enable_x64(dtype):
-        check(case.x(dtype), case.dy(dtype), case.pattern, implementation=implementation, precision=HIGHEST)
+        check(case.x(dtype), case.dy(dtype), case.pattern, implementation=implementation)
+
+
+@pytest.mark.parametrize("precision", [None, "high", "highest"])
+@pytest.mark.parametrize("case", cases.TILES + cases.TILES_OF_FLOAT32, ids=str)
+def test_float32_is_as_precise_as_asked_for(case, precision, device):
+    tf32 = cases.uses_tf32("float32", precision, device)
+    check(case.x(), case.dy(), case.pattern, implementation="native", precision=precision, tf32=tf32)
 
 
 @pytest.mark.gpu
@@ -87,7 +94,7 @@ def test_equals_the_dense_product_on_random_patterns(implementation, examples, d
     def holds(case, dtype):
         chosen = cases.available(implementation, device, dtype)
         with cases.enable_x64(dtype):
-            check(case.x(dtype), case.dy(dtype), case.pattern, implementation=chosen, precision=HIGHEST)
+            check(case.x(dtype), case.dy(dtype), case.pattern, implementation=chosen)
 
     holds()
 

@@ -41,6 +41,16 @@ cudaError_t LaunchLargeTile(const MatmulParams& params, int sms, cudaStream_t st
   return LaunchLarge<T, kBlock, kTranspose, 256, 1>(params, sms, stream);
 }
 
+template <typename T, int kBlock>
+cudaError_t LaunchLargeBlock(const MatmulParams& params, int sms, cudaStream_t stream) {
+  if (params.transpose) return LaunchLargeTile<T, kBlock, true>(params, sms, stream);
+  if constexpr (std::is_same_v<T, float>) {
+    return cudaErrorInvalidValue;
+  } else {
+    return LaunchLargeTile<T, kBlock, false>(params, sms, stream);
+  }
+}
+
 template <typename T>
 cudaError_t LaunchMatmulOf(const MatmulParams& params, cudaStream_t stream) {
   if (params.batch * params.tokens * params.out_features == 0) return cudaSuccess;
@@ -58,11 +68,9 @@ cudaError_t LaunchMatmulOf(const MatmulParams& params, cudaStream_t stream) {
     case 32:
       return LaunchSmallTile<T, 32>(params, sms, stream);
     case 64:
-      return params.transpose ? LaunchLargeTile<T, 64, true>(params, sms, stream)
-                              : LaunchLargeTile<T, 64, false>(params, sms, stream);
+      return LaunchLargeBlock<T, 64>(params, sms, stream);
     case 128:
-      return params.transpose ? LaunchLargeTile<T, 128, true>(params, sms, stream)
-                              : LaunchLargeTile<T, 128, false>(params, sms, stream);
+      return LaunchLargeBlock<T, 128>(params, sms, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -25,9 +25,9 @@ constexpr int SliceFeatures(int block) { return block < 16 ? 16 : block; }
 // A batch size of 1 shares an operand between all batch elements.
 struct MatmulParams {
   const void* x;  // (x_batch, tokens, in_features)
-  // (data_batch, nnz, block, block). Blocks of 8 to 32: what LaunchPack makes of them, which must be the launch right
-  // before. Blocks of 64 and 128: as they
-  // are, in any order; where they stick out of W they may hold anything.
+  // (data_batch, nnz, block, block). Blocks of 8 to 32: what packing makes of them, which must be the launch right
+  // before. Blocks of 64 and 128: as they are, in any order, but those of float transposed if `transpose` would not be
+  // true; where they stick out of W they may hold anything.
   const void* data;
   const std::int32_t* tiles;  // (feature_tiles, 4): tile, its first step, its number of steps, 0; most work first
   const std::int32_t* steps;  // (max_steps, 4)
@@ -43,7 +43,7 @@ struct MatmulParams {
   std::int32_t tile_features;  // TileFeatures(block)
   std::int32_t max_steps;      // of all tiles together
   std::int32_t capacity;       // blocks of 8 to 32: the most blocks a step has
-  ElementType type;            // of x and data: kBF16 or kF16
+  ElementType type;            // of x and data: kBF16, kF16, or kF32, which is multiplied as TF32
   bool transpose;              // blocks of 64 and 128: multiply with their transposes
   bool f32_output;             // y is float, else it has the element type
   Epilogue epilogue;           // none where y is float
@@ -55,10 +55,11 @@ inline bool CanLaunchMatmul(const MatmulParams& p) {
   const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
   return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.tiles) && is_aligned(p.steps) &&
          is_aligned(p.epilogue.slope) && is_aligned(p.epilogue.scale) && p.nnz > 0 && p.in_features > 0 &&
-         p.in_features % 8 == 0 && p.out_features % (p.f32_output ? 4 : 8) == 0;
+         p.in_features % (Is16Bit(p.type) ? 8 : 4) == 0 && p.out_features % (p.f32_output ? 4 : 8) == 0;
 }
 
 cudaError_t LaunchMatmulBF16(const MatmulParams& params, cudaStream_t stream);
 cudaError_t LaunchMatmulF16(const MatmulParams& params, cudaStream_t stream);
+cudaError_t LaunchMatmulTF32(const MatmulParams& params, cudaStream_t stream);
 
 }  // namespace jax_blocksparse::sm90

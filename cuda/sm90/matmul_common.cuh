@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "../launch.cuh"
+#include "element.cuh"
 #include "matmul.h"
 #include "ptx.cuh"
 #include "ring.cuh"
@@ -13,11 +14,10 @@
 
 namespace jax_blocksparse::sm90 {
 
-constexpr int kGroup = 64;               // features of a warpgroup's product, "M" of the instruction
-constexpr int kChunkBytes = kChunk * 2;  // a row of x in a stage
+constexpr int kGroup = 64;  // features of a warpgroup's product, "M" of the instruction
 constexpr int kMaxStages = 16;
 constexpr int kPieceTokens = 32;  // of y, for one store
-constexpr int kPieceBytes = kPieceTokens * 128;
+constexpr int kPieceBytes = kPieceTokens * kRowBytes;
 constexpr int kProducerThreads = 128;  // registers are handed over by whole warpgroups; one of the warps works
 // What is handed over comes out of what the CTA got at its launch: as many a thread as its size allows, in eights.
 constexpr int ProducerRegisters(int warpgroups) { return warpgroups > 2 ? 32 : 56; }
@@ -26,7 +26,11 @@ constexpr int ConsumerRegisters(int warpgroups) {
   const int at_launch = 65536 / threads / 8 * 8 * threads;
   return (at_launch - kProducerThreads * ProducerRegisters(warpgroups)) / (warpgroups * 128) / 8 * 8;
 }
-static_assert(kChunkBytes == 128, "the swizzle, the descriptors and the tensor maps are for rows of 128 bytes");
+
+// The rows of 128 bytes that a chunk of x takes, and the products along each.
+template <typename T>
+constexpr int kParts = kChunk / kRowElements<T>;
+constexpr int kProducts = kRowBytes / kDepthBytes;
 
 struct KernelParams {
   CUtensorMap x;
@@ -124,10 +128,10 @@ __device__ __forceinline__ float Opaque(float value) {
 
 using Ring = StageRing<kMaxStages>;
 
-// The work of the warp that copies: calls copy(tile, step, ring) in one lane when the step's stage is empty, and after
-// a tile's last step does the same with copy_scale(tile, warpgroup, ring), if there is a scale. The warp stays
-// converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.
-template <typename Tiles, typename Copy, typename CopyScale>
+// The work of the warp that copies: calls copy(tile, step, stage of the step, ring) in one lane when that stage is
+// empty, and after a tile's last step does the same with copy_scale(tile, warpgroup, ring), if there is a scale. The
+// warp stays converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.
+template <int kStagesOfStep, typename Tiles, typename Copy, typename CopyScale>
 __device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int lane, int warpgroups,
                                         const Copy& copy, const CopyScale& copy_scale) {
   const auto load = [&](const Tile& tile, int first) {
@@ -146,10 +150,13 @@ __device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tile
       for (int i = 0; i < count; ++i) {
         const int4 step = {__shfl_sync(kAllLanes, window.x, i), __shfl_sync(kAllLanes, window.y, i),
                            __shfl_sync(kAllLanes, window.z, i), 0};
-        ring.WaitEmpty();
-        if (lane == 0) copy(tile, step, ring);
-        __syncwarp();
-        ring.Advance();
+#pragma unroll
+        for (int stage = 0; stage < kStagesOfStep; ++stage) {
+          ring.WaitEmpty();
+          if (lane == 0) copy(tile, step, stage, ring);
+          __syncwarp();
+          ring.Advance();
+        }
       }
     }
     for (int group = 0; group < (p.epilogue.scale == nullptr ? 0 : warpgroups); ++group) {
@@ -176,14 +183,13 @@ __device__ __forceinline__ std::uint32_t Swizzled(int row, int piece) { return r
 // Fills in what both kernels need, all but w, capacity and stages.
 template <typename T>
 cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* to) {
-  constexpr CUtensorMapDataType kType =
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto extent = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
-  cudaError_t error = EncodeTensorMap(&to->x, {from.x, kType, 2, extent(from.in_features), extent(from.tokens),
-                                               extent(from.x_batch), static_cast<std::uint32_t>(tile_tokens)});
+  cudaError_t error =
+      EncodeTensorMap(&to->x, {from.x, kFactorMapType<T>, sizeof(T), extent(from.in_features), extent(from.tokens),
+                               extent(from.x_batch), static_cast<std::uint32_t>(tile_tokens)});
   if (error != cudaSuccess) return error;
   const TensorMapSpec y = {from.y,
-                           from.f32_output ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : kType,
+                           from.f32_output ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : kFactorMapType<T>,
                            from.f32_output ? 4u : 2u,
                            extent(from.out_features),
                            extent(from.tokens),
@@ -209,7 +215,8 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
   to->token_tiles = static_cast<int>(CeilDiv(from.tokens, tile_tokens));
   to->feature_tiles = static_cast<int>(CeilDiv(from.out_features, from.tile_features));
   constexpr std::int64_t kBandBytes = 20 << 20;  // less than half of L2
-  const std::int64_t w_bytes = std::max<std::int64_t>(1, std::int64_t{from.nnz} * from.block * from.block * 2);
+  const std::int64_t w_bytes =
+      std::max<std::int64_t>(1, std::int64_t{from.nnz} * from.block * from.block * int{sizeof(T)});
   const std::int64_t bands = std::min<std::int64_t>(CeilDiv(w_bytes, kBandBytes), to->feature_tiles);
   to->band = static_cast<int>(CeilDiv(to->feature_tiles, bands));
   to->epilogue = from.epilogue;

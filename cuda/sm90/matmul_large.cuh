@@ -7,7 +7,8 @@
 // multiplied as it is stored, or transposed, by the choice of its descriptor: there is no packing, and one image in
 // shared memory serves both directions. A cluster of two, where one pays, takes neighbouring token tiles, which need
 // the same pieces of W: each fetches half of them for both. Few tokens or features make tiles of 64 tokens. CTAs are
-// persistent, so that copies of the next tile run while y is written.
+// persistent, so that copies of the next tile run while y is written. Of float, which takes twice the room, a stage has
+// half a chunk; there the instruction reads along the depth only, so W comes transposed by packing where it must be.
 // What bounds it: the tensor cores for blocks of 128 at high density; filling shared memory from L2 for blocks of 64,
 // where a chunk of x serves 1 to 2 pieces; reading x and writing y at low density.
 #pragma once
@@ -17,16 +18,16 @@
 
 namespace jax_blocksparse::sm90 {
 
-template <int kBlock, int kTileTokens>
+template <typename T, int kBlock, int kTileTokens>
 struct LargeTile {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kFeatures = 128;
   static constexpr int kWarpgroups = kFeatures / kGroup;
   static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
-  static constexpr int kXBytes = kTokens * kChunkBytes;
-  static constexpr int kPieceOfW = kGroup * kChunk * 2;
+  static constexpr int kXBytes = kTokens * kRowBytes;
+  static constexpr int kPieceOfW = kGroup * kRowBytes;
   static constexpr int kStageBytes = kXBytes + kWarpgroups * kPieceOfW;
-  static constexpr int kOutputBytes = OutputWriter<__half, kTokens, kWarpgroups>::kSharedBytes;
+  static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups>::kSharedBytes;
   static constexpr int kStages = StagesThatFit(kStageBytes, kOutputBytes);
   static constexpr int kSharedBytes = kAlignment + kStages * kStageBytes + kOutputBytes;
   static_assert(kBlock == 64 || kBlock == 128,
@@ -34,24 +35,28 @@ struct LargeTile {
   static_assert(kWarpgroups == 2, "a step names two pieces of W");
   static_assert(kTokens == 64 || kTokens == 256, "there are products for these widths");
   static_assert(kPieceOfW % kAlignment == 0 && kXBytes % kAlignment == 0);
+  static_assert(kGroup == kChunk, "a piece of W has 64 rows either way");
   static_assert(kStages >= 3, "one multiplied, one released late, one filled");
 };
 
-// Zeroes what a 64 x 64 piece of W has at depths that x does not have, where W may hold anything: x is zero there, but
-// zero times NaN is not. Depths are rows or, with kDepthInner, columns; x has a multiple of 8 of them.
-template <bool kDepthInner>
+// Zeroes what a piece of W, 64 rows of 128 bytes, has at depths that x does not have, where W may hold anything: x is
+// zero there, but zero times NaN is not. Depths are rows or, with kDepthInner, columns; x has a multiple of 16 bytes.
+template <typename T, bool kDepthInner>
 __device__ __forceinline__ void ClearBeyond(std::uint32_t piece, int depth) {
+  constexpr int kSixteenBytes = 16 / sizeof(T);
   for (int i = threadIdx.x % 128; i < 64 * 8; i += 128) {
     const int outer = i / 8, inner = i % 8;
-    if (kDepthInner ? inner * 8 >= depth : outer >= depth) StoreShared16(piece + Swizzled(outer, inner), uint4{});
+    if (kDepthInner ? inner * kSixteenBytes >= depth : outer >= depth) {
+      StoreShared16(piece + Swizzled(outer, inner), uint4{});
+    }
   }
 }
 
 // Steps are (chunk, id of the first group's block, id of the second's, unused); absent ids are negative.
 template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster>
-__global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
+__global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1)
     MatmulLargeKernel(const __grid_constant__ KernelParams p) {
-  using L = LargeTile<kBlock, kTileTokens>;
+  using L = LargeTile<T, kBlock, kTileTokens>;
   extern __shared__ unsigned char shared[];
   __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
 
@@ -71,15 +76,15 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
 
   if (warp >= L::kWarpgroups * 4) {
     ShrinkRegisters<ProducerRegisters(L::kWarpgroups)>();
-    const auto copy = [&](const Tile& tile, const int4& step, const Ring& ring) {
-      const int chunk = step.x, ids[] = {step.y, step.z};
+    const auto copy = [&](const Tile& tile, const int4& step, int part, const Ring& ring) {
+      const int first = step.x * kChunk + part * kRowElements<T>, ids[] = {step.y, step.z};
       const std::uint32_t to = stages + ring.stage() * L::kStageBytes;
       ArriveExpecting(ring.full(), L::kXBytes + ((ids[0] >= 0) + (ids[1] >= 0)) * L::kPieceOfW);
-      LoadTensor(to, &p.x, chunk * kChunk, tile.token + rank * L::kTokens, p.x_shared ? 0 : tile.batch, ring.full());
+      LoadTensor(to, &p.x, first, tile.token + rank * L::kTokens, p.x_shared ? 0 : tile.batch, ring.full());
 #pragma unroll
       for (int group = 0; group < 2; ++group) {
         if (ids[group] < 0 || (kCluster > 1 && group != rank)) continue;
-        const int depth = chunk * kChunk % kBlock, feature = group * kGroup % kBlock;
+        const int depth = first % kBlock, feature = group * kGroup % kBlock;
         const int row = ids[group] * kBlock + (kTranspose ? feature : depth);
         const int column = kTranspose ? depth : feature;
         const int batch = p.w_shared ? 0 : tile.batch;
@@ -96,7 +101,7 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
       LoadTensor(stages + ring.stage() * L::kStageBytes, &p.scale, tile.feature + group * kGroup,
                  tile.token + rank * L::kTokens, p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
     };
-    if (warp == L::kWarpgroups * 4) Produce(p, tiles, ring, lane, L::kWarpgroups, copy, copy_scale);
+    if (warp == L::kWarpgroups * 4) Produce<kParts<T>>(p, tiles, ring, lane, L::kWarpgroups, copy, copy_scale);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(L::kWarpgroups)>();
@@ -136,34 +141,38 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
         }
         const int chunk = __shfl_sync(kAllLanes, window.x, i % 32);
         const int id = __shfl_sync(kAllLanes, window.y, i % 32);
-        const std::uint32_t stage = stages + ring.stage() * L::kStageBytes;
-        if (!ring.IsFull()) {
-          WaitForProducts<0>();  // a stage is not held while waiting for copies
-          release();
-          ring.WaitFull();
-        }
-        if (id >= 0) {
-          const std::uint32_t piece = stage + L::kXBytes + group * L::kPieceOfW;
-          if (const int depth = p.in_features - chunk * kChunk; depth < kChunk) {
-            ClearBeyond<kTranspose>(piece, depth);
-            FenceForCopies();
-            SyncWarpgroup(group + 1);
-          }
-          const std::uint64_t x = OperandDescriptor(stage), w = OperandDescriptor(piece);
-          FenceProducts();
 #pragma unroll
-          for (int k = 0; k < kChunk / 16; ++k) {
-            MultiplyShared<T, !kTranspose>(sum, w + k * (kTranspose ? kDepthStepKMajor : kDepthStepMNMajor),
-                                           x + k * kDepthStepKMajor);
+        for (int part = 0; part < kParts<T>; ++part) {
+          const std::uint32_t stage = stages + ring.stage() * L::kStageBytes;
+          if (!ring.IsFull()) {
+            WaitForProducts<0>();  // a stage is not held while waiting for copies
+            release();
+            ring.WaitFull();
           }
-          CommitProducts();
-          WaitForProducts<1>();  // these run on, the last step's are over
-          release();
-          held = ring.empty();
-        } else {
-          arrive(ring.empty());
+          if (id >= 0) {
+            const std::uint32_t piece = stage + L::kXBytes + group * L::kPieceOfW;
+            const int depth = p.in_features - chunk * kChunk - part * kRowElements<T>;
+            if (depth < kRowElements<T>) {
+              ClearBeyond<T, kTranspose>(piece, depth);
+              FenceForCopies();
+              SyncWarpgroup(group + 1);
+            }
+            const std::uint64_t x = OperandDescriptor(stage), w = OperandDescriptor(piece);
+            FenceProducts();
+#pragma unroll
+            for (int k = 0; k < kProducts; ++k) {
+              MultiplyShared<T, !kTranspose>(sum, w + k * (kTranspose ? kDepthStepKMajor : kDepthStepMNMajor),
+                                             x + k * kDepthStepKMajor);
+            }
+            CommitProducts();
+            WaitForProducts<1>();  // these run on, the last ones are over
+            release();
+            held = ring.empty();
+          } else {
+            arrive(ring.empty());
+          }
+          ring.Advance();
         }
-        ring.Advance();
       }
       const float2 biases = writer.LoadBiases(tile);
       WaitForProducts<0>();
@@ -181,18 +190,16 @@ __global__ void __launch_bounds__(LargeTile<kBlock, kTileTokens>::kThreads, 1)
 
 template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster>
 cudaError_t LaunchLarge(const MatmulParams& params, int sms, cudaStream_t stream) {
-  using L = LargeTile<kBlock, kTileTokens>;
+  using L = LargeTile<T, kBlock, kTileTokens>;
   KernelParams p;
   cudaError_t error = FillParams<T>(params, L::kTokens, &p);
   if (error != cudaSuccess) return error;
   p.token_tiles = static_cast<int>(CeilDiv(p.token_tiles, kCluster));
   p.capacity = 0;
   p.stages = L::kStages;
-  constexpr CUtensorMapDataType kType =
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const std::uint64_t rows = static_cast<std::uint64_t>(params.nnz) * kBlock;
-  error = EncodeTensorMap(&p.w,
-                          {params.data, kType, 2, kBlock, rows, static_cast<std::uint64_t>(params.data_batch), kChunk});
+  error = EncodeTensorMap(&p.w, {params.data, kFactorMapType<T>, sizeof(T), kBlock, rows,
+                                 static_cast<std::uint64_t>(params.data_batch), kGroup});
   if (error != cudaSuccess) return error;
   return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster>, kCluster, false>(
       p, sms, L::kThreads, L::kSharedBytes, stream);

@@ -16,23 +16,25 @@
 
 namespace jax_blocksparse::sm90 {
 
-template <int kBlock, int kTileTokens, int kTileFeatures>
+template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
 struct SmallTile {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kFeatures = kTileFeatures;
   static constexpr int kWarpgroups = kFeatures / kGroup;
-  // Two warpgroups have registers to gather a step's A while the last one's is still read. Four cover for each other.
+  // Two warpgroups have registers to gather A while the last one is still read. Four cover for each other.
   static constexpr bool kGathersAhead = kWarpgroups <= 2;
-  static constexpr int kRun = std::max(1, kBlock / 16);  // products along a block's depth
-  static constexpr int kDepths = kChunk / 16;            // products along a chunk's depth
+  // Products along a block's depth, or along that of two blocks of 8, which one bit of a mask is about.
+  static constexpr int kRun = std::max(16, kBlock) / kDepth<T>;
   static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
   static constexpr int kSliceFeatures = SliceFeatures(kBlock);
-  static constexpr int kBlockBytes = kBlock * kBlock * 2;
-  static constexpr int kXBytes = kTokens * kChunkBytes;
-  static constexpr int kOutputBytes = OutputWriter<__half, kTokens, kWarpgroups>::kSharedBytes;
+  static constexpr int kBlockBytes = kBlock * kBlock * sizeof(T);
+  static constexpr int kPartBytes = kTokens * kRowBytes;
+  static constexpr int kXBytes = kParts<T> * kPartBytes;
+  static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups>::kSharedBytes;
   static constexpr int kFullCapacity = kFeatures * kChunk / (kBlock * kBlock);
   static constexpr int kMinCapacity = kSliceFeatures * kChunk / (kBlock * kBlock);  // what a word can name
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32);
+  static_assert(kProducts % kRun == 0, "a mask's bit is about one part");
   static_assert(kFeatures % kGroup == 0, "a warpgroup has 64 features");
   static_assert(kTokens == 64 || kTokens == 128 || kTokens == 256,
                 "there are products, and boxes of copies, for these");
@@ -56,9 +58,10 @@ constexpr int kDepthsShift = 16, kPositionShift = 20;
 
 // Bits 28-31: for each 16 depths, whether the group has any block there. Bits 7*r to 7*r+6: the position of the block
 // in row r of the chunk; an absent one is read from the block of zeros that follows the last.
-template <int kBlock>
+template <typename T, int kBlock>
 struct StepWord {
-  static constexpr int kBlockBytes = kBlock * kBlock * 2;
+  static constexpr int kPieceBytes = 16 * kDepthBytes;  // of W: 16 features x what a product takes of their depth
+  static constexpr int kBlockBytes = kBlock * kBlock * sizeof(T);
   static constexpr int kRows = kChunk / kBlock;
   static_assert(kRows <= 4 && 256 * kChunk / (kBlock * kBlock) < 128, "four positions of seven bits");
 
@@ -75,54 +78,64 @@ struct StepWord {
   }
 
   static __device__ __forceinline__ bool IsOccupied(std::uint32_t word, int depth) {
-    constexpr int kRun = kBlock / 16;  // these depths are occupied together
-    return word >> (28 + depth / kRun * kRun) & 1;
+    return word >> (28 + depth / kBlock * (kBlock / 16)) & 1;  // a block's depths are occupied together
   }
 
-  // For depths 16*depth to 16*depth+15 of the chunk. `blocks` is where the lane finds its part of the first block.
+  // For one product, which begins at this depth of the chunk. `blocks` is where the lane finds its part of the first
+  // block.
   static __device__ __forceinline__ void Gather(std::uint32_t (&a)[4], std::uint32_t word, int depth,
                                                 std::uint32_t blocks) {
-    const std::uint32_t position = word >> (7 * (depth * 16 / kBlock)) & 127;
-    LoadShared16If(IsOccupied(word, depth), a, blocks + position * kBlockBytes + depth * 16 % kBlock * 32);
+    const std::uint32_t position = word >> (7 * (depth / kBlock)) & 127;
+    LoadShared16If(IsOccupied(word, depth), a,
+                   blocks + position * kBlockBytes + depth % kBlock / kDepth<T> * kPieceBytes);
   }
 
   static __device__ __forceinline__ int OffsetOfLane(int warp, int lane) {
-    return warp * 16 % kBlock / 16 * (kBlock * 32) + lane * 16;
+    return warp * 16 % kBlock / 16 * (kBlock / kDepth<T> * kPieceBytes) + lane * 16;
   }
 };
 
 // The plan's own words, their positions made safe: sixteen blocks are too many for the other form.
-template <>
-struct StepWord<8> {
+template <typename T>
+struct StepWord<T, 8> {
   static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, std::uint32_t common, int capacity) {
     const auto last = static_cast<std::uint32_t>(max(0, capacity - __popc(own & kPresenceMask)));
     return (own & kPresenceMask) | (common & 0xf0000) | min(own >> kPositionShift, last) << kPositionShift;
   }
 
   static __device__ __forceinline__ bool IsOccupied(std::uint32_t word, int depth) {
-    return word >> (kDepthsShift + depth) & 1;
+    return word >> (kDepthsShift + depth / 16) & 1;
   }
 
   static __device__ __forceinline__ void Gather(std::uint32_t (&a)[4], std::uint32_t word, int depth,
                                                 std::uint32_t blocks) {
     if (!IsOccupied(word, depth)) return;
+    constexpr int kBlocks = kDepth<T> / 8 * 2;  // of a product
+    constexpr int kLaneBytes = 2 * sizeof(T);   // of a block
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int bit = depth * 4 + i;
+    for (int i = 0; i < kBlocks; ++i) {
+      const int bit = depth / 8 * 2 + i;
       const std::uint32_t position = (word >> kPositionShift) + __popc(word & ((1u << bit) - 1));
-      a[i] = LoadShared4OrZero(word >> bit & 1, blocks + position * 128);
+      const std::uint32_t block = blocks + position * (32 * kLaneBytes);
+      if constexpr (kLaneBytes == 4) {
+        a[i] = LoadShared4OrZero(word >> bit & 1, block);
+      } else {  // of two depths, for the same features
+        const uint2 values = LoadShared8OrZero(word >> bit & 1, block);
+        a[i] = values.x;
+        a[i + 2] = values.y;
+      }
     }
   }
 
-  static __device__ __forceinline__ int OffsetOfLane(int, int lane) { return lane * 4; }
+  static __device__ __forceinline__ int OffsetOfLane(int, int lane) { return lane * 2 * sizeof(T); }
 };
 
 // Steps are (chunk, position of the first block, number of blocks, unused).
 template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
-__global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>::kThreads, 1)
+__global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeatures>::kThreads, 1)
     MatmulSmallKernel(const __grid_constant__ KernelParams p) {
-  using S = SmallTile<kBlock, kTileTokens, kTileFeatures>;
-  using Word = StepWord<kBlock>;
+  using S = SmallTile<T, kBlock, kTileTokens, kTileFeatures>;
+  using Word = StepWord<T, kBlock>;
   extern __shared__ unsigned char shared[];
   __shared__ __align__(8) std::uint64_t barrier_storage[2 * kMaxStages];
 
@@ -147,13 +160,17 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
 
   if (warp >= S::kWarpgroups * 4) {
     ShrinkRegisters<ProducerRegisters(S::kWarpgroups)>();
-    const auto copy = [&](const Tile& tile, const int4& step, const Ring& ring) {
+    const auto copy = [&](const Tile& tile, const int4& step, int, const Ring& ring) {
       const std::uint32_t to = stages + ring.stage() * stage_bytes;
       // Wherever the plan says, what is read is in the array and fits into the stage.
       const int first = max(0, min(step.y, p.nnz));
       const int bytes = max(0, min(min(step.z, p.capacity), p.nnz - first)) * S::kBlockBytes;
       ArriveExpecting(ring.full(), S::kXBytes + bytes);
-      LoadTensor(to, &p.x, step.x * kChunk, tile.token, p.x_shared ? 0 : tile.batch, ring.full());
+#pragma unroll
+      for (int part = 0; part < kParts<T>; ++part) {
+        LoadTensor(to + part * S::kPartBytes, &p.x, step.x * kChunk + part * kRowElements<T>, tile.token,
+                   p.x_shared ? 0 : tile.batch, ring.full());
+      }
       if (bytes == 0) return;
       const std::int64_t block = static_cast<std::int64_t>(p.w_shared ? 0 : tile.batch) * p.nnz + first;
       LoadBytes(to + S::kXBytes, static_cast<const unsigned char*>(p.packed) + block * S::kBlockBytes, bytes,
@@ -166,7 +183,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
     };
     if (warp == S::kWarpgroups * 4) {
       WaitForPrerequisites();  // they pack W
-      Produce(p, tiles, ring, lane, S::kWarpgroups, copy, copy_scale);
+      Produce<1>(p, tiles, ring, lane, S::kWarpgroups, copy, copy_scale);
     }
     __syncwarp();
   } else {
@@ -226,32 +243,36 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
         return false;
       };
 
-      using Fragments = std::uint32_t[S::kDepths][4];
-      // Takes the step that was found, by the registers `a`; the products of the last one may still run and read
-      // `last_a`.
-      const auto multiply = [&](Fragments& a, Fragments& last_a) {
-        const std::uint32_t word = __shfl_sync(kAllLanes, window, i % 32);
+      using Fragments = std::uint32_t[kProducts][4];
+      std::uint32_t word = 0;
+      // Takes a part of the step that was found, by the registers `a`; the products of the last part may still run and
+      // read `last_a`.
+      const auto multiply = [&](int part, Fragments& a, Fragments& last_a) {
+        if (part == 0) word = __shfl_sync(kAllLanes, window, i % 32);
         if constexpr (!S::kGathersAhead) {
           finish();
           KeepRegisters(sum);
           KeepRegisters(a);
         }
-        const std::uint32_t x = stages + ring.stage() * stage_bytes;
+        const int depth = part * kRowElements<T>;
+        const std::uint32_t stage = stages + ring.stage() * stage_bytes;
 #pragma unroll
-        for (int k = 0; k < S::kDepths; ++k) Word::Gather(a[k], word, k, x + lane_blocks);
+        for (int k = 0; k < kProducts; ++k) Word::Gather(a[k], word, depth + k * kDepth<T>, stage + lane_blocks);
         if constexpr (S::kGathersAhead) {
           finish();
           KeepRegisters(sum);
           KeepRegisters(last_a);
         }
         KeepRegisters(a);
-        held = ring.empty();
-        ring.Advance();
-        ++i;
-        const std::uint64_t tokens = OperandDescriptor(x);
+        if (part == kParts<T> - 1) {
+          held = ring.empty();
+          ring.Advance();
+          ++i;
+        }
+        const std::uint64_t tokens = OperandDescriptor(stage + part * S::kPartBytes);
 #pragma unroll
-        for (int k = 0; k < S::kDepths; k += S::kRun) {
-          if (!Word::IsOccupied(word, k)) continue;
+        for (int k = 0; k < kProducts; k += S::kRun) {
+          if (!Word::IsOccupied(word, depth + k * kDepth<T>)) continue;
           FenceProducts();
 #pragma unroll
           for (int r = k; r < k + S::kRun; ++r) MultiplyRegisters<T>(sum, a[r], tokens + r * kDepthStepKMajor);
@@ -264,9 +285,13 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
       if constexpr (S::kGathersAhead) {
         Fragments even = {}, odd = {};
         while (find()) {
-          multiply(even, odd);
-          if (!find()) break;
-          multiply(odd, even);
+          multiply(0, even, odd);
+          if constexpr (kParts<T> == 2) {
+            multiply(1, odd, even);
+          } else {
+            if (!find()) break;
+            multiply(0, odd, even);
+          }
         }
         biases = writer.LoadBiases(tile);
         finish();
@@ -274,7 +299,10 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
         KeepRegisters(odd);
       } else {
         Fragments a = {};
-        while (find()) multiply(a, a);
+        while (find()) {
+#pragma unroll
+          for (int part = 0; part < kParts<T>; ++part) multiply(part, a, a);
+        }
         biases = writer.LoadBiases(tile);
         finish();
         KeepRegisters(a);
@@ -289,7 +317,7 @@ __global__ void __launch_bounds__(SmallTile<kBlock, kTileTokens, kTileFeatures>:
 
 template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
 cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream) {
-  using S = SmallTile<kBlock, kTileTokens, kTileFeatures>;
+  using S = SmallTile<T, kBlock, kTileTokens, kTileFeatures>;
   if (params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) return cudaErrorInvalidValue;
   KernelParams p;
   if (const cudaError_t error = FillParams<T>(params, S::kTokens, &p); error != cudaSuccess) return error;

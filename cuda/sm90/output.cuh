@@ -45,10 +45,23 @@ class OutputWriter {
   __device__ void Write(const float (&sum)[kTokens / 2], float2 biases, const Tile& tile, int token, Ring& ring,
                         std::uint32_t stages, int stage_bytes, const Release& release) {
     thread_ = Opaque(threadIdx.x % 128);
-    if (p_.epilogue.IsIdentity()) {
+    if constexpr (std::is_same_v<T, float>) {
+      WriteFloats(sum, tile, token);
+    } else if (p_.epilogue.IsIdentity()) {
       p_.f32_output ? WriteFloats(sum, tile, token) : WriteHalves(sum, tile, token);
-      return;
+    } else {
+      WriteWithEpilogue(sum, biases, tile, token, ring, stages, stage_bytes, release);
     }
+  }
+
+  __device__ void Finish() const {
+    if (IsStorer()) WaitForStores();
+  }
+
+ private:
+  template <typename Release>
+  __device__ void WriteWithEpilogue(const float (&sum)[kTokens / 2], float2 biases, const Tile& tile, int token,
+                                    Ring& ring, std::uint32_t stages, int stage_bytes, const Release& release) {
     const bool is_scaled = p_.epilogue.scale != nullptr;
 #pragma unroll 1
     for (int i = 0; i < kWarpgroups; ++i) {
@@ -66,11 +79,6 @@ class OutputWriter {
     }
   }
 
-  __device__ void Finish() const {
-    if (IsStorer()) WaitForStores();
-  }
-
- private:
   __device__ bool IsStorer() const { return threadIdx.x % 128 == 0; }
   // Of the lane's two features the first; the other one is 8 further.
   __device__ int FeatureOf(const Tile& tile) const {

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../ptx.cuh"
+#include "element.cuh"
 
 namespace jax_blocksparse::sm90 {
 
@@ -156,6 +157,15 @@ __device__ __forceinline__ std::uint32_t LoadShared4OrZero(bool condition, std::
   return value;
 }
 
+__device__ __forceinline__ uint2 LoadShared8OrZero(bool condition, std::uint32_t from) {
+  uint2 values;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p ld.shared.v2.u32 {%0, %1}, [%2];}"
+               : "=&r"(values.x), "=&r"(values.y)
+               : "r"(from), "r"(static_cast<std::uint32_t>(condition))
+               : "memory");
+  return values;
+}
+
 // Leaves the values as they are if the condition does not hold.
 __device__ __forceinline__ void LoadShared16If(bool condition, std::uint32_t (&values)[4], std::uint32_t from) {
   asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
@@ -192,18 +202,19 @@ __device__ __forceinline__ float2 Unpack(std::uint32_t pair) {
   }
 }
 
-// ---- Warpgroup products: sum (64 x N, float) += A (64 x 16) B (16 x N) ----
+// ---- Warpgroup products: sum (64 x N, float) += A (64 x K) B (K x N), K being 16 or, of floats, 8 ----
 
 // The operand at an address in shared memory, in rows of 128 bytes with the 128-byte swizzle, 8 rows to a group of
-// 1024 bytes. Both meanings of the rows use it: rows of 64 depths, one for each m or n ("K-major"), and rows of 64 m,
-// one for each depth ("MN-major"; A of at most 64 m only, because no second group of 64 is described).
+// 1024 bytes. Both meanings of the rows use it: rows of depths, one for each m or n ("K-major"), and, of 16-bit
+// elements, rows of 64 m, one for each depth ("MN-major"; A of at most 64 m only, because no second group of 64 is
+// described).
 __device__ __forceinline__ std::uint64_t OperandDescriptor(std::uint32_t address) {
   constexpr std::uint32_t kSwizzle128 = 1u << 30, kGroupStride = 1024 >> 4, kUnusedStride = 1u << 16;
   return std::uint64_t{kSwizzle128 | kGroupStride} << 32 | kUnusedStride | (address & 0x3ffff) >> 4;
 }
 
-// What 16 depths further adds to a descriptor.
-constexpr std::uint32_t kDepthStepKMajor = 16 * 2 >> 4;
+// What the next product along the depths adds to a descriptor.
+constexpr std::uint32_t kDepthStepKMajor = kDepthBytes >> 4;
 constexpr std::uint32_t kDepthStepMNMajor = 16 * 128 >> 4;
 
 __device__ __forceinline__ void FenceProducts() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -261,58 +272,76 @@ __device__ __forceinline__ void KeepRegisters(R (&registers)[kPlanes][kRows][kCo
 #define JBS_INOUT64(d, i) JBS_INOUT32(d, i), JBS_INOUT32(d, i + 32)
 #define JBS_INOUT128(d, i) JBS_INOUT64(d, i), JBS_INOUT64(d, i + 64)
 
-// A in registers, B K-major in shared memory. In the instruction: add to the sum, negate neither, B not transposed.
-#define JBS_MULTIPLY_REGISTERS(n, regs, type, a0, a1, a2, a3, b)                                 \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " JBS_SUM##regs \
-               "{" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1, 1, 1, 0;"                            \
-               : JBS_INOUT##regs(sum, 0)                                                         \
+// Shape, types, and what follows the operands "add to the sum, negate neither": whether they are MN-major, which only
+// 16-bit elements can be.
+#define JBS_BF16(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
+#define JBS_F16(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 "
+#define JBS_TF32(n) "wgmma.mma_async.sync.aligned.m64n" #n "k8.f32.tf32.tf32 "
+
+// A in registers, B K-major in shared memory.
+#define JBS_MULTIPLY_REGISTERS(instruction, regs, a0, a1, a2, a3, b, majors)                           \
+  asm volatile(instruction JBS_SUM##regs "{" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1, 1, 1" majors ";" \
+               : JBS_INOUT##regs(sum, 0)                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor))
+#define JBS_MULTIPLY_REGISTERS_OF(n, regs, a0, a1, a2, a3, b)            \
+  if constexpr (std::is_same_v<T, float>) {                              \
+    JBS_MULTIPLY_REGISTERS(JBS_TF32(n), regs, a0, a1, a2, a3, b, "");    \
+  } else if constexpr (std::is_same_v<T, __half>) {                      \
+    JBS_MULTIPLY_REGISTERS(JBS_F16(n), regs, a0, a1, a2, a3, b, ", 0");  \
+  } else {                                                               \
+    JBS_MULTIPLY_REGISTERS(JBS_BF16(n), regs, a0, a1, a2, a3, b, ", 0"); \
+  }
 
 template <typename T, int kSums>
 __device__ __forceinline__ void MultiplyRegisters(float (&sum)[kSums], const std::uint32_t (&a)[4],
                                                   std::uint64_t b_descriptor) {
-  constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(kSums == 32 || kSums == 64 || kSums == 128, "64, 128 or 256 columns");
-  if constexpr (kSums == 32 && kHalf) {
-    JBS_MULTIPLY_REGISTERS(64, 32, "f16", "%32", "%33", "%34", "%35", "%36");
-  } else if constexpr (kSums == 32) {
-    JBS_MULTIPLY_REGISTERS(64, 32, "bf16", "%32", "%33", "%34", "%35", "%36");
-  } else if constexpr (kSums == 64 && kHalf) {
-    JBS_MULTIPLY_REGISTERS(128, 64, "f16", "%64", "%65", "%66", "%67", "%68");
+  if constexpr (kSums == 32) {
+    JBS_MULTIPLY_REGISTERS_OF(64, 32, "%32", "%33", "%34", "%35", "%36");
   } else if constexpr (kSums == 64) {
-    JBS_MULTIPLY_REGISTERS(128, 64, "bf16", "%64", "%65", "%66", "%67", "%68");
-  } else if constexpr (kHalf) {
-    JBS_MULTIPLY_REGISTERS(256, 128, "f16", "%128", "%129", "%130", "%131", "%132");
+    JBS_MULTIPLY_REGISTERS_OF(128, 64, "%64", "%65", "%66", "%67", "%68");
   } else {
-    JBS_MULTIPLY_REGISTERS(256, 128, "bf16", "%128", "%129", "%130", "%131", "%132");
+    JBS_MULTIPLY_REGISTERS_OF(256, 128, "%128", "%129", "%130", "%131", "%132");
   }
 }
 
 // Both in shared memory: A K-major or, with kMNMajorA, MN-major; B K-major.
-#define JBS_MULTIPLY_SHARED(n, regs, type, a, b, transposed)                                       \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " JBS_SUM##regs a \
-               ", " b ", 1, 1, 1, " transposed ", 0;"                                              \
-               : JBS_INOUT##regs(sum, 0)                                                           \
-               : "l"(a_descriptor), "l"(b_descriptor), "n"(kMNMajorA ? 1 : 0))
+#define JBS_MULTIPLY_SHARED(instruction, regs, a, b, majors)             \
+  asm volatile(instruction JBS_SUM##regs a ", " b ", 1, 1, 1" majors ";" \
+               : JBS_INOUT##regs(sum, 0)                                 \
+               : "l"(a_descriptor), "l"(b_descriptor))
+#define JBS_MULTIPLY_SHARED_OF(n, regs, a, b)                    \
+  if constexpr (std::is_same_v<T, float>) {                      \
+    JBS_MULTIPLY_SHARED(JBS_TF32(n), regs, a, b, "");            \
+  } else if constexpr (std::is_same_v<T, __half> && kMNMajorA) { \
+    JBS_MULTIPLY_SHARED(JBS_F16(n), regs, a, b, ", 1, 0");       \
+  } else if constexpr (std::is_same_v<T, __half>) {              \
+    JBS_MULTIPLY_SHARED(JBS_F16(n), regs, a, b, ", 0, 0");       \
+  } else if constexpr (kMNMajorA) {                              \
+    JBS_MULTIPLY_SHARED(JBS_BF16(n), regs, a, b, ", 1, 0");      \
+  } else {                                                       \
+    JBS_MULTIPLY_SHARED(JBS_BF16(n), regs, a, b, ", 0, 0");      \
+  }
 
 template <typename T, bool kMNMajorA, int kSums>
 __device__ __forceinline__ void MultiplyShared(float (&sum)[kSums], std::uint64_t a_descriptor,
                                                std::uint64_t b_descriptor) {
-  constexpr bool kHalf = std::is_same_v<T, __half>;
   static_assert(kSums == 32 || kSums == 128, "64 or 256 columns");
-  if constexpr (kSums == 32 && kHalf) {
-    JBS_MULTIPLY_SHARED(64, 32, "f16", "%32", "%33", "%34");
-  } else if constexpr (kSums == 32) {
-    JBS_MULTIPLY_SHARED(64, 32, "bf16", "%32", "%33", "%34");
-  } else if constexpr (kHalf) {
-    JBS_MULTIPLY_SHARED(256, 128, "f16", "%128", "%129", "%130");
+  static_assert(!(kMNMajorA && std::is_same_v<T, float>), "floats are read along the depth");
+  if constexpr (kSums == 32) {
+    JBS_MULTIPLY_SHARED_OF(64, 32, "%32", "%33");
   } else {
-    JBS_MULTIPLY_SHARED(256, 128, "bf16", "%128", "%129", "%130");
+    JBS_MULTIPLY_SHARED_OF(256, 128, "%128", "%129");
   }
 }
 
+#undef JBS_MULTIPLY_SHARED_OF
 #undef JBS_MULTIPLY_SHARED
+#undef JBS_MULTIPLY_REGISTERS_OF
 #undef JBS_MULTIPLY_REGISTERS
+#undef JBS_TF32
+#undef JBS_F16
+#undef JBS_BF16
 #undef JBS_INOUT128
 #undef JBS_INOUT64
 #undef JBS_INOUT32

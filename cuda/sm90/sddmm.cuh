@@ -3,19 +3,19 @@
 
 #include "sddmm_large.cuh"
 #include "sddmm_small.cuh"
+#include "sddmm_tf32.cuh"
 
 namespace jax_blocksparse::sm90 {
 
 template <typename T, int kUnit>
-cudaError_t LaunchLargeUnit(const SddmmParams& params, cudaStream_t stream) {
-  using Shape = typename LargeConsumers<T, kUnit>::Shape;
-  return LaunchSddmmShape<T, Shape, SddmmLargeKernel<T, kUnit>>(params, stream);
-}
-
-template <typename T, int kUnit>
-cudaError_t LaunchSmallUnit(const SddmmParams& params, cudaStream_t stream) {
-  using Shape = typename SmallConsumers<T, kUnit>::Shape;
-  return LaunchSddmmShape<T, Shape, SddmmSmallKernel<T, kUnit>>(params, stream);
+cudaError_t LaunchUnit(const SddmmParams& params, cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, float>) {
+    return LaunchSddmmShape<T, typename TF32Consumers<kUnit>::Shape, SddmmTF32Kernel<kUnit>>(params, stream);
+  } else if constexpr (kUnit < 64) {
+    return LaunchSddmmShape<T, typename SmallConsumers<T, kUnit>::Shape, SddmmSmallKernel<T, kUnit>>(params, stream);
+  } else {
+    return LaunchSddmmShape<T, typename LargeConsumers<T, kUnit>::Shape, SddmmLargeKernel<T, kUnit>>(params, stream);
+  }
 }
 
 template <typename T>
@@ -27,13 +27,13 @@ cudaError_t LaunchSddmmOf(const SddmmParams& params, cudaStream_t stream) {
   }
   switch (params.unit) {
     case 16:
-      return LaunchSmallUnit<T, 16>(params, stream);
+      return LaunchUnit<T, 16>(params, stream);
     case 32:
-      return LaunchSmallUnit<T, 32>(params, stream);
+      return LaunchUnit<T, 32>(params, stream);
     case 64:
-      return LaunchLargeUnit<T, 64>(params, stream);
+      return LaunchUnit<T, 64>(params, stream);
     case 128:
-      return LaunchLargeUnit<T, 128>(params, stream);
+      return LaunchUnit<T, 128>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -39,7 +39,7 @@ struct SddmmParams {
   std::int32_t plan_tiles;  // tiles that the plan has room for
   std::int32_t plan_units;  // units that it has room for
   std::int32_t split;       // CTAs that share a tile's tokens: 1, 2 or 4
-  ElementType type;         // of x and dy: kBF16 or kF16
+  ElementType type;         // of x and dy: kBF16, kF16, or kF32, which is multiplied as TF32
   bool f32_output;          // data is float, else it has the element type
 };
 
@@ -52,5 +52,6 @@ inline bool CanLaunchSddmm(const SddmmParams& p) {
 
 cudaError_t LaunchSddmmBF16(const SddmmParams& params, cudaStream_t stream);
 cudaError_t LaunchSddmmF16(const SddmmParams& params, cudaStream_t stream);
+cudaError_t LaunchSddmmTF32(const SddmmParams& params, cudaStream_t stream);
 
 }  // namespace jax_blocksparse::sm90

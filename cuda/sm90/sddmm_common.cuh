@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../launch.cuh"
+#include "element.cuh"
 #include "ptx_sddmm.cuh"
 #include "ring.cuh"
 #include "sddmm.h"
@@ -13,8 +14,7 @@
 
 namespace jax_blocksparse::sm90 {
 
-constexpr int kPanel = 64;      // features that a copy has: rows of 128 bytes
-constexpr int kMaxPanels = 28;  // of a tile
+constexpr int kMaxPanels = 56;  // of a tile; a panel is what a copy has: rows of 128 bytes
 constexpr int kCopyWarps = 4;   // one warp cannot issue copies as fast as they can be served
 constexpr int kProductWarps = 8;
 constexpr int kSddmmThreads = (kProductWarps + kCopyWarps) * 32;
@@ -69,17 +69,16 @@ struct SddmmKernelParams {
   bool f32_output;
 };
 
-// What a kernel is built for: units of kUnit features, stages of kTokens tokens.
-template <int kUnit_, int kTokens_>
+// What a kernel is built for: factors of type T, units of kUnit features, stages of kTokens tokens.
+template <typename T, int kUnit_, int kTokens_>
 struct SddmmShape {
   static constexpr int kUnit = kUnit_, kTokens = kTokens_;
   static constexpr int kCapacity = SddmmCapacity(kUnit), kMaxSlabs = SddmmMaxSlabs(kUnit);
-  static constexpr int kSlab = std::max(kPanel, kUnit);  // features
+  static constexpr int kPanel = kRowElements<T>, kSlab = std::max(64, kUnit);  // features
   static constexpr int kPanelsPerSlab = kSlab / kPanel;
-  static constexpr int kPanelBytes = kTokens * kPanel * 2;
+  static constexpr int kPanelBytes = kTokens * kRowBytes;
   static constexpr int kSlabBytes = kPanelsPerSlab * kPanelBytes;
   static constexpr int kStages = kUnit == 128 ? 4 : kMaxStages;  // more of the largest only get in each other's way
-  static_assert(kPanel * 2 == 128, "the swizzle, the descriptors and the tensor maps are for rows of 128 bytes");
   static_assert(kPanelBytes % kAlignment == 0);
   static_assert(2 * kMaxSlabs * kSlabBytes <= kRingBytes, "two stages of the largest tile");
   static_assert(kMaxSlabs * kPanelsPerSlab <= kMaxPanels);
@@ -311,7 +310,7 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
   if (const int panel = threadIdx.x; panel < Shape::kMaxSlabs * Shape::kPanelsPerSlab) {
     const int number = min(tile.number, p.plan_tiles - 1);
     const int slab = __ldg(p.slabs + tile.plan + number * Shape::kMaxSlabs + panel / Shape::kPanelsPerSlab);
-    shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * kPanel;
+    shared.features[panel] = slab * Shape::kSlab + panel % Shape::kPanelsPerSlab * Shape::kPanel;
   }
   if (threadIdx.x == 0) {
     SddmmRing::Init(SharedAddress(shared.barriers), kMaxStages, kCopyWarps, kProductWarps * (tile.shares_dy ? 2 : 1));
@@ -375,7 +374,7 @@ inline TileWalk ChooseWalk(const SddmmParams& params, int unit, int at_once) {
   constexpr double kWave = 132, kWorthwhile = 0.75;
   const double strips = static_cast<double>(CeilDiv(params.out_features, unit));
   const double tiles = std::floor(params.plan_tiles / strips / at_once) * at_once;  // of a strip
-  if (unit < kPanel || tiles <= at_once) return {};
+  if (unit < 64 || tiles <= at_once) return {};
   const auto features = [&](double together) {
     return together * unit + params.in_features * std::min(1.0, kWave / (together * tiles));
   };
@@ -388,14 +387,13 @@ inline TileWalk ChooseWalk(const SddmmParams& params, int unit, int at_once) {
 
 template <typename T, typename Shape, auto kKernel>
 cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
-  constexpr CUtensorMapDataType kType =
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr CUtensorMapDataType kType = kFactorMapType<T>;
   const auto extent = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
   SddmmKernelParams p;
-  cudaError_t error = EncodeTensorMap(&p.x, {params.x, kType, 2, extent(params.in_features), extent(params.tokens),
-                                             extent(params.x_batch), Shape::kTokens});
+  cudaError_t error = EncodeTensorMap(&p.x, {params.x, kType, sizeof(T), extent(params.in_features),
+                                             extent(params.tokens), extent(params.x_batch), Shape::kTokens});
   if (error != cudaSuccess) return error;
-  error = EncodeTensorMap(&p.dy, {params.dy, kType, 2, extent(params.out_features), extent(params.tokens),
+  error = EncodeTensorMap(&p.dy, {params.dy, kType, sizeof(T), extent(params.out_features), extent(params.tokens),
                                   extent(params.dy_batch), Shape::kTokens});
   if (error != cudaSuccess) return error;
   p.tiles = reinterpret_cast<const int4*>(params.tiles);

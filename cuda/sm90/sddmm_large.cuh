@@ -18,7 +18,7 @@ namespace jax_blocksparse::sm90 {
 
 template <typename T, int kUnit>
 struct LargeConsumers {
-  using Shape = SddmmShape<kUnit, kUnit == 128 ? 64 : 32>;
+  using Shape = SddmmShape<T, kUnit, kUnit == 128 ? 64 : 32>;
   static constexpr int kMostPanels = kUnit == 64 ? Shape::kCapacity / 2 : Shape::kCapacity * 2;  // of a warpgroup
   static constexpr int kSums = 32;                                                               // of a thread, for one
   static constexpr int kMostAtOnce = 4;                                                          // in a product
@@ -107,14 +107,14 @@ struct LargeConsumers {
 
     SyncThreads(1, kProductWarps * 32);  // nobody reads the stages any more
     // The sums are those of dy^T x: a thread has neighbours in a column of the unit.
-    const int col = dy_panel * kPanel + warp % 4 * 16 + lane / 4;
+    const int col = dy_panel * Shape::kPanel + warp % 4 * 16 + lane / 4;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int panel = first + i;
       const std::uint32_t unit = stages + panel / Shape::kPanelsPerSlab * (kUnit * kUnit * 4);
 #pragma unroll
       for (int n = 0; n < kSums / 4; ++n) {
-        const int row = panel % Shape::kPanelsPerSlab * kPanel + n * 8 + lane % 4 * 2;
+        const int row = panel % Shape::kPanelsPerSlab * Shape::kPanel + n * 8 + lane % 4 * 2;
         const float* sum = sums + i * kSums + n * 4;
         StoreShared4(unit + SumOffset<kUnit>(row, col), sum[0]);
         StoreShared4(unit + SumOffset<kUnit>(row + 1, col), sum[1]);

@@ -14,7 +14,7 @@ namespace jax_blocksparse::sm90 {
 
 template <typename T, int kUnit>
 struct SmallConsumers {
-  using Shape = SddmmShape<kUnit, 32>;
+  using Shape = SddmmShape<T, kUnit, 32>;
   static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
   static constexpr int kSteps = kUnit / 16;                            // products along a unit's side
   static_assert(kUnit == 16 || kUnit == 32);
@@ -30,7 +30,7 @@ struct SmallConsumers {
     // half of a word, dy in the upper. Of x come first the matrices of tokens 0 to 7, of dy those of features 0 to 7:
     // the orders in which the product wants them.
     const auto address = [](int unit, int token, int piece) {
-      constexpr int kPerPanel = kPanel / kUnit;
+      constexpr int kPerPanel = Shape::kPanel / kUnit;
       const int eighth = unit % kPerPanel * (kUnit / 8) + piece;
       return unit / kPerPanel * (Shape::kPanelBytes / 16) + token * 8 + (eighth ^ token % 8);
     };

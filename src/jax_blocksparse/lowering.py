@@ -51,19 +51,26 @@ def _cpu_matmul(ctx, *operands, transpose, **_):
     return call(ctx, *(operands[place] for place in places), transpose=transpose)
 
 
+def _allows_tf32(aval: ShapedArray, precision: jax.lax.Precision | None) -> bool:
+    """Whether factors like this one may be rounded to TF32, as XLA does at all precisions but the highest."""
+    return aval.dtype == np.float32 and precision != jax.lax.Precision.HIGHEST
+
+
 def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=None, with_slope=False, **params):
     """The custom call for y = act(x W + bias) * scale, which takes and gives empty arrays for what is left out.
 
     Operands are pairs of a value and its type. There are column sums where there is a scale.
     """
-    transpose, shape = params["transpose"], params["shape"]
+    transpose, shape, tf32 = params["transpose"], params["shape"], _allows_tf32(x[1], params["precision"])
     operands = [x, data, *indices]
     operands = [operands[place] for place in _matmul_operands(transpose, plan=True)]
     for operand, empty in ((bias, ShapedArray((1, 0), np.float32)), (scale, ShapedArray((1, 0, 0), x[1].dtype))):
         operands.append(operand or (mlir.ir_constant(np.zeros(empty.shape, empty.dtype)), empty))
 
     layout = choose_layout(*(shape[::-1] if transpose else shape), data[1].shape[-1], data[1].shape[1])
-    packs = layout.packs and x[1].dtype.itemsize == 2 and x[1].shape[1] > SMALL_BATCH
+    # Of float32, large blocks are read along the depth only, and must be transposed where rows are not.
+    packs = not transpose or layout.packs if tf32 else layout.packs and x[1].dtype.itemsize == 2
+    packs = packs and x[1].shape[1] > SMALL_BATCH
     batch = max(data[1].shape[0], indices[0][1].shape[0])
     y = ctx.avals_out[0]
     slope = y if with_slope else ShapedArray((0,), y.dtype)
@@ -80,6 +87,7 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
         call_ctx,
         *(value for value, _ in operands),
         transpose=transpose,
+        tf32=tf32,
         activation=np.int32(ACTIVATIONS.index(activation)),
         tile_features=np.int32(layout.tile_features),
         capacity=np.int32(layout.capacity),
@@ -109,13 +117,14 @@ def _cpu_sddmm(ctx, x, dy, rows, cols, *_, **__):
     return jax.ffi.ffi_lowering(_native.SDDMM_TARGET)(ctx.replace(avals_in=ctx.avals_in[:4]), x, dy, rows, cols)
 
 
-def _cuda_sddmm(ctx, *operands, block_size, shape, **_):
+def _cuda_sddmm(ctx, *operands, block_size, shape, precision, **_):
     names = ("x", "dy", *INDEX_NAMES)
     places = [names.index(name) for name in ("x", "dy", "rows", "cols", "dw_plan")]
     layout = sddmm_layout.choose_layout(*shape, block_size, ctx.avals_in[2].shape[1])
     return jax.ffi.ffi_lowering(_native.SDDMM_TARGET)(
         ctx.replace(avals_in=[ctx.avals_in[place] for place in places]),
         *(operands[place] for place in places),
+        tf32=_allows_tf32(ctx.avals_in[0], precision),
         unit=np.int32(layout.unit),
         split=np.int32(layout.split),
         tiles=np.int32(layout.tiles),
@@ -148,7 +157,7 @@ def _rule(platform: str, native_call: Callable[..., Any] | None, reason: str, pl
             raise NotImplementedError(f"implementation='native' was asked for, but {missing}")
         if implementation == "xla" or missing:
             return _lower_plain(ctx, functools.partial(plain, precision=precision, **params), operands)
-        return native_call(ctx, *operands, **params)
+        return native_call(ctx, *operands, precision=precision, **params)
 
     return rule
 

@@ -43,8 +43,8 @@ def matmul(
       bias: (N,), added to every row of the product, in float32 at least.
       activation: applied to the sum, in float32 at least: "relu", "gelu_exact" (by the error function), "gelu_tanh"
         (its approximation, which is what `jax.nn.gelu` computes by default), "silu", or None.
-      precision: as in `jnp.dot`, for what runs in plain XLA. The native kernels compute float32 as float32, which
-        satisfies every precision.
+      precision: as in `jnp.dot`, with the default of `jax.default_matmul_precision`. As there, it matters for float32
+        on GPUs with TF32: the factors are rounded to that unless the precision is "highest".
       preferred_element_type: dtype of the result: that of the promoted inputs (default), or float32 for 16-bit inputs.
       implementation: "native" (the custom calls; an error where there is none), "xla" (plain jax.numpy), or None:
         native where it exists.
@@ -226,14 +226,26 @@ def _out_dtype(dtype: jnp.dtype, preferred: DTypeLike | None) -> str:
 
 
 def check_precision(precision: jax.lax.PrecisionLike) -> jax.lax.Precision | None:
-    """Returns the precision as JAX's enumeration, or raises ValueError."""
-    if precision is None or isinstance(precision, jax.lax.Precision):
+    """Returns the precision as JAX's enumeration, that which is configured if it is None, or raises ValueError."""
+    if precision is None:
+        return _configured_precision()
+    if isinstance(precision, jax.lax.Precision):
         return precision
     try:
         return jax.lax.Precision(precision)
     except ValueError:
         names = ", ".join(repr(each.name.lower()) for each in jax.lax.Precision)
         raise ValueError(f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}") from None
+
+
+def _configured_precision() -> jax.lax.Precision | None:
+    name = jax.config.jax_default_matmul_precision
+    if name is None:
+        return None
+    try:
+        return jax.lax.Precision(name)
+    except ValueError:  # an algorithm, which true float32 satisfies, whatever it is
+        return jax.lax.Precision.HIGH if name == "TF32_TF32_F32" else jax.lax.Precision.HIGHEST
 
 
 def check_implementation(implementation: Implementation | None) -> Implementation | None:
