@@ -105,9 +105,10 @@ sm90::PackParams PackingFor(const MatmulParams& p, const MatmulPlan& plan, const
   return to;
 }
 
-cudaError_t LaunchMatmulSkinny(const MatmulParams& params, const Device& device, cudaStream_t stream) {
-  return params.type == ElementType::kBF16 ? LaunchMatmulSkinnyBF16(params, device.sm_count, stream)
-                                           : LaunchMatmulSkinnyF16(params, device.sm_count, stream);
+cudaError_t LaunchMatmulSkinny(const MatmulParams& params, const Epilogue& epilogue, const Device& device,
+                               cudaStream_t stream) {
+  return params.type == ElementType::kBF16 ? LaunchMatmulSkinnyBF16(params, epilogue, device.sm_count, stream)
+                                           : LaunchMatmulSkinnyF16(params, epilogue, device.sm_count, stream);
 }
 
 cudaError_t LaunchPack(const sm90::PackParams& params, ElementType type, cudaStream_t stream) {
@@ -136,7 +137,12 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const
 
   // Few tokens: the time goes into reading the blocks, which wants neither an order nor a tile.
   const bool is_small_batch = params.tokens <= 64;
-  if (is_small_batch && CanLaunchMatmulSkinny(params)) return LaunchMatmulSkinny(params, device, stream);
+  const auto launch_skinny = [&] {
+    const bool fuses = epilogue.column_sums == nullptr;
+    *is_finished |= fuses;
+    return LaunchMatmulSkinny(params, fuses ? epilogue : Epilogue{}, device, stream);
+  };
+  if (is_small_batch && CanLaunchMatmulSkinny(params)) return launch_skinny();
   if (!is_small_batch && device.major == 9 && plan.plan != nullptr) {
     const bool fuses = !params.f32_output;
     const sm90::MatmulParams product = HopperParams(params, plan, fuses ? epilogue : Epilogue{});
@@ -152,7 +158,7 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const
 
   // Ahead of the kernels below even where it reads the weights twice: on an H100 1.2 to 4 times at 128 tokens, except
   // for the sparsest blocks of 128.
-  if (params.tokens <= 128 && CanLaunchMatmulSkinny(params)) return LaunchMatmulSkinny(params, device, stream);
+  if (params.tokens <= 128 && CanLaunchMatmulSkinny(params)) return launch_skinny();
   if (!UsesTensorCores(params.type, params.block)) return LaunchMatmulSimt(params, stream);
   // Half of a large tile would be empty up to 64 tokens.
   const TileSize size =

@@ -38,10 +38,14 @@ cudaError_t LaunchSddmmMmaF16(const SddmmParams& params, TileSize size, cudaStre
 // Few tokens on tensor cores: 16-bit elements, all block sizes, x with rows that start at multiples of 16 bytes. They
 // take any number of tokens, but read the weights again for each 64.
 inline bool CanLaunchMatmulSkinny(const MatmulParams& p) {
-  return Is16Bit(p.type) && p.in_features % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0;
+  constexpr std::int64_t kMaxGrid = 65535;  // in y and z
+  return Is16Bit(p.type) && p.in_features % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0 &&
+         CeilDiv(p.out_features, 8) <= kMaxGrid && p.batch <= kMaxGrid;
 }
-cudaError_t LaunchMatmulSkinnyBF16(const MatmulParams& params, int sm_count, cudaStream_t stream);
-cudaError_t LaunchMatmulSkinnyF16(const MatmulParams& params, int sm_count, cudaStream_t stream);
+cudaError_t LaunchMatmulSkinnyBF16(const MatmulParams& params, const Epilogue& epilogue, int sm_count,
+                                   cudaStream_t stream);
+cudaError_t LaunchMatmulSkinnyF16(const MatmulParams& params, const Epilogue& epilogue, int sm_count,
+                                  cudaStream_t stream);
 
 // Plain FMA: float32 in any block size, 16-bit elements in blocks of 8.
 cudaError_t LaunchMatmulSimt(const MatmulParams& params, cudaStream_t stream);

@@ -2,8 +2,9 @@
 
 namespace jax_blocksparse {
 
-cudaError_t LaunchMatmulSkinnyBF16(const MatmulParams& params, int sm_count, cudaStream_t stream) {
-  return LaunchMatmulSkinnyOf<__nv_bfloat16>(params, sm_count, stream);
+cudaError_t LaunchMatmulSkinnyBF16(const MatmulParams& params, const Epilogue& epilogue, int sm_count,
+                                   cudaStream_t stream) {
+  return LaunchMatmulSkinnyOf<__nv_bfloat16>(params, epilogue, sm_count, stream);
 }
 
 }  // namespace jax_blocksparse

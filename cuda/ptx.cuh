@@ -45,6 +45,16 @@ __device__ __forceinline__ void Prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
+// Loads an integer where `exists`, without a branch that would wait for it, and not before prefetches that come first.
+__device__ __forceinline__ std::int32_t LoadIf(bool exists, const std::int32_t* address, std::int32_t otherwise) {
+  std::int32_t value = otherwise;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.s32 %0, [%1]; }"
+               : "+r"(value)
+               : "l"(address), "r"(static_cast<std::uint32_t>(exists))
+               : "memory");
+  return value;
+}
+
 // 2^x and 1/x, right to two units in the last place; results too small for a normal number are zero.
 __device__ __forceinline__ float Exp2Approx(float x) {
   float result;

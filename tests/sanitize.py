@@ -63,11 +63,11 @@ def products(dtype, block_size, tokens, shape, *, density=0.4, damage=False):
         )
 
 
-def layer(dtype, block_size, activation, *, damage=False):
+def layer(dtype, block_size, activation, *, tokens=300, damage=False):
     """Compares the gradients of a fused layer with those of plain JAX, or only computes them."""
     make = damaged if damage else lambda w: w
     w_in, w_out = (make(cases.random_w(shape, block_size, density=0.4, dtype=dtype)) for shape in (SHAPE, SHAPE[::-1]))
-    x, ct = (cases.normal((300, SHAPE[0]), dtype, seed=i) for i in (1, 2))
+    x, ct = (cases.normal((tokens, SHAPE[0]), dtype, seed=i) for i in (1, 2))
     biases = [cases.normal(size, "float32", seed=3) for size in SHAPE[::-1]]
 
     def fused(x, data_in, data_out, *biases):
@@ -121,9 +121,11 @@ def main():
     ]
     for each in layers:
         layer(*each)
+    for tokens in (7, 40):
+        layer("bfloat16", 32, "gelu_tanh", tokens=tokens)
     for b in (32, 128):
         layer("bfloat16", b, "relu", damage=True)
-    count = len(checks) + len(large) + 3 * len(jbs.BLOCK_SIZES) + len(paired) + len(layers) + 2
+    count = len(checks) + len(large) + 3 * len(jbs.BLOCK_SIZES) + len(paired) + len(layers) + 4
     print(f"{count} checks")
 
 
