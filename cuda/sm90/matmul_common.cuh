@@ -46,7 +46,7 @@ struct KernelParams {
   std::int64_t plan_batch_stride;
   int batch, token_tiles, feature_tiles;
   int band;      // feature tiles
-  int stratum;   // feature tiles; 0: no whole number of CTAs or clusters takes a row of tiles, see TileList
+  int stratum;   // feature tiles; 0 if rounds and rows do not fit, see TileList
   int rotation;  // feature tiles
   int tokens, in_features, out_features;
   int nnz;
@@ -71,13 +71,13 @@ __device__ __forceinline__ const int4* StepOf(const KernelParams& p, const Tile&
 // The tiles of one CTA (or cluster), of kTokens tokens each: one in each round. CTAs that run together share tokens, so
 // that x is read from memory once, and W comes from L2: if it is too large for that, a band of feature tiles at a time.
 //
-// The tiles of the same tokens are a row; in the plan they go from most work to least. Where rounds can consist of
-// whole rows, they do: then CTAs that share tokens are neighbours on the chip, and L2 serves many of their copies at
-// once, which is worth 3 to 10 %. From round to round a row is rotated. Thought of as cut into strata of similar work,
-// a CTA gets a tile of another stratum in each round, so that all have done the same in the end, and heavy tiles, which
-// read, alternate with light ones, which write. Every other stratum is taken backwards, since whoever has the most of
-// its stratum should have the least of the next. Other rounds go through the CTAs backwards every other time, to a
-// similar end.
+// The tiles of the same tokens are a row; in the plan they go from most work to least. Where rounds can be made of
+// whole rows, or rows of whole rounds, without adding a round, they are: then CTAs that share tokens are neighbours on
+// the chip, and L2 serves many of their copies at once. From row to row, or round to round, tiles are rotated. Thought
+// of as cut into strata of similar work, a CTA gets tiles of different strata, so that all have done the same in the
+// end, and heavy tiles, which read, alternate with light ones, which write. Every other stratum is taken backwards:
+// whoever has the most of its stratum has the least of the next. Where rounds and rows do not fit, every other round
+// goes through the CTAs backwards, to a similar end.
 template <int kTokens, int kFeatures>
 class TileList {
  public:
@@ -97,7 +97,7 @@ class TileList {
     rest -= first * p_.token_tiles;
     tile.token = rest / width * kTokens;
     const int4* entries = reinterpret_cast<const int4*>(p_.tiles + tile.batch * p_.plan_batch_stride);
-    const int4 entry = __ldg(entries + first + (p_.stratum == 0 ? rest % width : Rotated(rest % width, round)));
+    const int4 entry = __ldg(entries + first + (p_.stratum == 0 ? rest % width : Rotated(rest % width, index)));
     tile.feature = max(0, min(entry.x, p_.feature_tiles - 1)) * kFeatures;
     tile.first_step = max(0, min(entry.y, p_.max_steps));
     tile.steps = max(0, min(entry.z, p_.max_steps - tile.first_step));
@@ -105,8 +105,9 @@ class TileList {
   }
 
  private:
-  __device__ int Rotated(int place, int round) const {
-    place = (place + round % p_.band * p_.rotation) % p_.band;
+  __device__ int Rotated(int place, std::int64_t index) const {
+    const std::int64_t turn = index / max(workers_, p_.band);
+    place = (place + static_cast<int>(turn % p_.band) * p_.rotation) % p_.band;
     const int first = place / p_.stratum * p_.stratum;
     const bool backwards = place / p_.stratum % 2 != 0 && first + p_.stratum <= p_.band;
     return backwards ? first + p_.stratum - 1 - (place - first) : place;
@@ -233,12 +234,13 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
 
 // Divides the tiles among at most this many CTAs or clusters, see TileList. Returns how many get any.
 inline std::int64_t DivideTiles(KernelParams* p, std::int64_t workers) {
-  const std::int64_t rows = std::int64_t{p->batch} * p->token_tiles * CeilDiv(p->feature_tiles, p->band);
   const std::int64_t tiles = std::int64_t{p->batch} * p->token_tiles * p->feature_tiles;
   workers = std::min(workers, tiles);
   p->stratum = p->rotation = 0;
-  const std::int64_t rounds = CeilDiv(tiles, workers), aligned = workers / p->band * p->band;
-  if (p->feature_tiles % p->band != 0 || rows * p->band > rounds * aligned) return workers;
+  const std::int64_t rounds = CeilDiv(tiles, workers);
+  std::int64_t aligned = workers;
+  while (aligned % p->band != 0 && p->band % aligned != 0) --aligned;
+  if (p->feature_tiles % p->band != 0 || tiles > rounds * aligned) return workers;
   p->stratum = static_cast<int>(std::max<std::int64_t>(1, p->band / rounds));
   const int strata = p->band / p->stratum;
   int step = std::max(1, strata * 2 / 5);
