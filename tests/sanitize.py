@@ -3,10 +3,13 @@
     compute-sanitizer --tool memcheck python tests/sanitize.py
     compute-sanitizer --tool racecheck python tests/sanitize.py
 
+With two numbers, I and N, it takes every N-th check from check I on, so that N processes can share the work.
+
 Plans and lists full of random numbers are among the inputs: whatever they lead to, it must not be outside a buffer.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 
@@ -89,30 +92,30 @@ def layer(dtype, block_size, activation, *, tokens=300, damage=False):
         assert error < 2e-2, f"gradient {i} of {activation} {dtype} {block_size}: error {error:.1e}"
 
 
-def main():
-    checks = [
+def checks():
+    """All of them, each a function without arguments."""
+    small = [
         *(("bfloat16", b, tokens, SHAPE) for b, tokens in itertools.product(jbs.BLOCK_SIZES, (1, 33, 300))),
         *(("float16", b, 300, SHAPE) for b in jbs.BLOCK_SIZES),
         *(("float32", b, 300, SHAPE) for b in jbs.BLOCK_SIZES),
         *(("float32", b, 70, ODD_SHAPE) for b in jbs.BLOCK_SIZES),
         *(("bfloat16", b, 130, ODD_SHAPE) for b in jbs.BLOCK_SIZES),
     ]
-    for check in checks:
-        products(*check)
+    for each in small:
+        yield functools.partial(products, *each)
     # Large tiles, several for each SM; at the lower density blocks of 128 have another kernel.
     large = [
         *itertools.product(("bfloat16", "float16"), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4, 0.1)),
         *itertools.product(("float32",), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4,)),
     ]
     for dtype, b, shape, density in large:
-        products(dtype, b, MANY_TOKENS, shape, density=density)
+        yield functools.partial(products, dtype, b, MANY_TOKENS, shape, density=density)
     for b, tokens in itertools.product(jbs.BLOCK_SIZES, (33, 300)):
-        products("bfloat16", b, tokens, SHAPE, damage=True)
+        yield functools.partial(products, "bfloat16", b, tokens, SHAPE, damage=True)
     for b in jbs.BLOCK_SIZES:
-        products("float32", b, 300, SHAPE, damage=True)
-    paired = [*itertools.product(("bfloat16", "float32"), PAIRED, (False, True))]
-    for dtype, (b, shape), damage in paired:
-        products(dtype, b, 300, shape, density=0.5, damage=damage)
+        yield functools.partial(products, "float32", b, 300, SHAPE, damage=True)
+    for dtype, (b, shape), damage in itertools.product(("bfloat16", "float32"), PAIRED, (False, True)):
+        yield functools.partial(products, dtype, b, 300, shape, density=0.5, damage=damage)
     layers = [
         *(("bfloat16", b, "gelu_tanh") for b in jbs.BLOCK_SIZES),
         *(("float16", 16, activation) for activation in activations.ACTIVATIONS),
@@ -120,14 +123,20 @@ def main():
         ("float32", 32, "silu"),
     ]
     for each in layers:
-        layer(*each)
+        yield functools.partial(layer, *each)
     for tokens in (7, 40):
-        layer("bfloat16", 32, "gelu_tanh", tokens=tokens)
+        yield functools.partial(layer, "bfloat16", 32, "gelu_tanh", tokens=tokens)
     for b in (32, 128):
-        layer("bfloat16", b, "relu", damage=True)
-    count = len(checks) + len(large) + 3 * len(jbs.BLOCK_SIZES) + len(paired) + len(layers) + 4
+        yield functools.partial(layer, "bfloat16", b, "relu", damage=True)
+
+
+def main(part=0, parts=1):
+    count = 0
+    for check in itertools.islice(checks(), int(part), None, int(parts)):
+        check()
+        count += 1
     print(f"{count} checks")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*sys.argv[1:])
