@@ -105,8 +105,9 @@ def checks():
         yield functools.partial(products, *each)
     # Large tiles, several for each SM; at the lower density blocks of 128 have another kernel.
     large = [
-        *itertools.product(("bfloat16", "float16"), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4, 0.1)),
-        *itertools.product(("float32",), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4,)),
+        *itertools.product(("bfloat16", "float32"), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4,)),
+        *itertools.product(("bfloat16",), (128,), (WIDE, TALL), (0.1,)),
+        *itertools.product(("float16",), jbs.BLOCK_SIZES, (TALL,), (0.4,)),
     ]
     for dtype, b, shape, density in large:
         yield functools.partial(products, dtype, b, MANY_TOKENS, shape, density=density)
@@ -131,11 +132,9 @@ def checks():
 
 
 def main(part=0, parts=1):
-    count = 0
-    for check in itertools.islice(checks(), int(part), None, int(parts)):
+    for count, check in enumerate(itertools.islice(checks(), int(part), None, int(parts)), start=1):
         check()
-        count += 1
-    print(f"{count} checks")
+        print(count, check.func.__name__, *check.args, *check.keywords.items(), flush=True)
 
 
 if __name__ == "__main__":
