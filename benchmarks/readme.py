@@ -99,8 +99,8 @@ def _beside_peers(records: list[dict[str, Any]]) -> list[str]:
     peers = {record["contender"] for record in records} - {"native"}
     names = ", ".join(name for contender, name in NAMES.items() if contender in peers)
     return [
-        f"The fastest of the peers ({names})\n"
-        f"takes {_times(min(gains))} to {_times(max(gains))} times as long, in {len(gains)} cases."
+        f"In the {len(gains)} cases measured beside other libraries ({names}),\n"
+        f"the fastest of those takes {_times(min(gains))} to {_times(max(gains))} times as long."
     ]
 
 
