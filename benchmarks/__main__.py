@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in _COMMANDS:
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks {arguments[0]}")
         parser.add_argument("file", type=pathlib.Path, help="the JSON file of an earlier run")
-        _COMMANDS[arguments[0]](parser.parse_args(arguments[1:]).file)
+        if arguments[0] == "readme":
+            parser.add_argument("layer", type=pathlib.Path, nargs="?", help="that of an earlier run of benchmarks.mlp")
+        files = vars(parser.parse_args(arguments[1:])).values()
+        _COMMANDS[arguments[0]](*(file for file in files if file is not None))
         return 0
     options = _parser().parse_args(arguments)
     device = jax.devices()[0]
@@ -135,7 +138,7 @@ def _draw(path: pathlib.Path) -> None:
         print(file)
 
 
-_COMMANDS: dict[str, Callable[[pathlib.Path], None]] = {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "show": lambda path: print(tables.markdown(report.load(path))),
     "figures": _draw,
     "readme": readme.write,

@@ -1,7 +1,9 @@
-"""What README and docs/performance.md say in figures, made from a report."""
+"""What README and docs/performance.md say in figures, made from reports."""
 
+import json
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import fractions
@@ -14,7 +16,7 @@ README = ROOT / "README.md"
 FIGURES = ROOT / "docs" / "figures"
 
 _SECTION = re.compile(
-    r"<!-- python -m benchmarks readme (?P<file>\S+) -->\n(?P<text>.*)<!-- end of what that command writes -->",
+    r"<!-- python -m benchmarks readme (?P<files>.+?) -->\n(?P<text>.*)<!-- end of what that command writes -->",
     re.DOTALL,
 )
 _ALT = {
@@ -25,8 +27,8 @@ _ALT = {
 }
 
 
-def section(report: dict[str, Any]) -> str:
-    """Returns the section's text, which depends on nothing but the report."""
+def section(report: dict[str, Any], layer: dict[str, Any] | None = None) -> str:
+    """Returns README's section, which depends on nothing but the reports: of products, and of `benchmarks.mlp`."""
     workload = main_workload(report["results"])
     m, k, n = (workload[size] for size in "mkn")
     records = select(report["results"], **workload)
@@ -42,14 +44,27 @@ def section(report: dict[str, Any]) -> str:
             _table(records),
             *_beside_peers(records),
             *images,
+            *_of_layer(layer),
             f"Measured on {environment['date'][:10]} at revision {revision}, with jax {versions['jax']}, the\n"
             "products and dense in turns in one process, inputs not in the L2 cache, every result checked.",
         )
     )
 
 
-def current(document: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """Returns the report that a document's section says it is made from, and the section's text.
+def fractions_section(report: dict[str, Any], layer: dict[str, Any] | None = None) -> str:
+    """Returns the section of docs/performance.md, likewise."""
+    del layer
+    return fractions.section(report)
+
+
+def load(files: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
+    """Reads a report of products and, where there is a second file, one of `benchmarks.mlp`."""
+    products, *layer = files
+    return [reports.load(products), *(json.loads(path.read_text()) for path in layer)]
+
+
+def current(document: pathlib.Path) -> tuple[list[pathlib.Path], str]:
+    """Returns the reports that a document's section says it is made from, and the section's text.
 
     Raises:
       ValueError: if the document has no such section.
@@ -57,20 +72,20 @@ def current(document: pathlib.Path) -> tuple[pathlib.Path, str]:
     found = _SECTION.search(document.read_text())
     if not found:
         raise ValueError(f"{document.name} has no section between the comments of `python -m benchmarks readme`")
-    return ROOT / found["file"], found["text"]
+    return [ROOT / file for file in found["files"].split()], found["text"]
 
 
-def write(path: pathlib.Path) -> None:
+def write(*files: pathlib.Path) -> None:
     """Writes the documents' sections and README's pictures."""
     from benchmarks import figures
 
-    report = reports.load(path)
-    command = f"python -m benchmarks readme {path.resolve().relative_to(ROOT)}"
+    loaded = load(files)
+    command = " ".join(("python -m benchmarks readme", *(str(path.resolve().relative_to(ROOT)) for path in files)))
     for document, make in SECTIONS.items():
         current(document)
-        text = f"<!-- {command} -->\n{make(report)}\n<!-- end of what that command writes -->"
+        text = f"<!-- {command} -->\n{make(*loaded)}\n<!-- end of what that command writes -->"
         document.write_text(_SECTION.sub(lambda _, text=text: text, document.read_text()))
-    figures.draw(report, FIGURES)
+    figures.draw(loaded[0], FIGURES)
 
 
 def _figures(records: list[dict[str, Any]]) -> list[str]:
@@ -104,6 +119,20 @@ def _beside_peers(records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _of_layer(layer: dict[str, Any] | None) -> list[str]:
+    if layer is None:
+        return []
+    settings = layer["settings"]
+    dense, *sparse = layer["results"]
+    sizes = " -> ".join(str(settings[size]) for size in ("features", "hidden", "features"))
+    return [
+        f"A feed-forward layer {sizes} with biases and gelu, {settings['tokens']} tokens,\n"
+        f"{settings['dtype']}, forward and backward, takes {dense['median_s'] * 1e3:.1f} ms in dense Flax;"
+        f" how many times faster\n`BlockSparseMLP` is at density {settings['density']:g}:",
+        table([[each["model"] for each in sparse], [_times(each["speedup"]) for each in sparse]]),
+    ]
+
+
 def _times(value: float | None) -> str:
     if value is None:
         return "-"
@@ -114,5 +143,5 @@ def _long(dtype: str) -> str:
     return {"bf16": "bfloat16", "f16": "float16", "tf32": "float32 (TF32)", "f32": "float32"}[dtype]
 
 
-SECTIONS = {README: section, ROOT / "docs" / "performance.md": fractions.section}
+SECTIONS = {README: section, ROOT / "docs" / "performance.md": fractions_section}
 """By document: what makes the text of its section."""

@@ -55,7 +55,18 @@ def test_readme_shows_speedups():
     assert re.search(r"\| block size \| +density 1 \| +density 0.5 \| +density 0.1 \|", text)
     assert re.search(r"\| +32 \| +0.50 / 0.50 / 0.50 \| +1.0 / 1.0 / 1.0 \| +5.0 / 5.0 / 5.0 \|", text)
     assert "docs/figures/peers.png" in text
-    assert "(PyTorch BSR (Triton))\ntakes 4.0 to 4.0 times as long, in 18 cases." in text
+    assert "In the 18 cases measured beside other libraries (PyTorch BSR (Triton)),\n" in text
+    assert "the fastest of those takes 4.0 to 4.0 times as long." in text
+
+
+def test_readme_shows_a_layer():
+    settings = {"tokens": 8, "features": 16, "hidden": 64, "density": 0.25, "dtype": "bfloat16"}
+    models = [("dense", 0.004, 1.0), ("block 64", 0.001, 4.0), ("block 8", 0.008, 0.5)]
+    results = [{"model": model, "median_s": seconds, "speedup": gain} for model, seconds, gain in models]
+    text = readme.section(some_results(), {"settings": settings, "results": results})
+    assert "16 -> 64 -> 16 with biases and gelu, 8 tokens,\nbfloat16" in text
+    assert "takes 4.0 ms in dense Flax" in text
+    assert re.search(r"\| block 64 \| block 8 \|\n.*\n\| +4.0 \| +0.50 \|", text)
 
 
 def test_fastest_peer_is_found():
@@ -68,8 +79,8 @@ def test_fastest_peer_is_found():
 
 @pytest.mark.parametrize("document", readme.SECTIONS, ids=lambda document: document.stem)
 def test_documents_are_what_the_command_makes(document):
-    path, text = readme.current(document)
-    assert text == readme.SECTIONS[document](report.load(path)) + "\n"
+    files, text = readme.current(document)
+    assert text == readme.SECTIONS[document](*readme.load(files)) + "\n"
     for picture in re.findall(r"\]\((.*?\.png)\)", text):
         assert (readme.ROOT / picture).is_file()
 
