@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_blocksparse import plan, sddmm_layout, sddmm_plan
+from jax_blocksparse.arrays import order_by
 from jax_blocksparse.geometry import block_grid, check_block_size, check_geometry, is_live
 from jax_blocksparse.plan import PlanLayout, flat_size
 from jax_blocksparse.sddmm_layout import SddmmLayout
@@ -261,12 +262,12 @@ def _orders(xp: ModuleType, rows: jax.Array, cols: jax.Array, grid: tuple[int, i
     live = is_live(rows, cols, grid)
     rows, cols = xp.where(live, rows, grid[0]), xp.where(live, cols, grid[1])
 
-    def walk(outer: jax.Array, inner: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        order = xp.lexsort((inner, outer))
-        ptr = xp.searchsorted(outer[order], xp.arange(size + 1, dtype=np.int32))
+    def walk(outer: jax.Array, outers: int, inner: jax.Array, inners: int) -> tuple[jax.Array, jax.Array]:
+        order = order_by(xp, outer, inner, inners + 1)
+        ptr = xp.searchsorted(outer[order], xp.arange(outers + 1, dtype=np.int32))
         return ptr.astype(np.int32), order.astype(np.int32)
 
-    return *walk(cols, rows, grid[1]), *walk(rows, cols, grid[0])
+    return *walk(cols, grid[1], rows, grid[0]), *walk(rows, grid[0], cols, grid[1])
 
 
 def _layouts(shape: tuple[int, int], block_size: int, nnz: int) -> tuple[PlanLayout, PlanLayout, SddmmLayout]:

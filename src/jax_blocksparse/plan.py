@@ -7,7 +7,9 @@ pattern.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jax_blocksparse.arrays import count_at, order_by, sum_at
 from jax_blocksparse.geometry import block_grid, is_live
 
 CHUNK = 64
@@ -184,8 +187,6 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: ModuleTy
 
     Example:
       >>> import numpy as np
-
-    from jax_blocksparse.geometry import block_grid, is_live
       >>> layout = PlanLayout(128, 256, block_size=32, nnz=3, tile_features=256, capacity=16)
       >>> plan = make_plan(np.array([3, 0, 2]), np.array([1, 7, 0]), layout, np)
       >>> plan.order.tolist(), plan.tiles.tolist(), plan.steps.tolist()
@@ -207,21 +208,23 @@ def _make_packed(
     slice_ = cols * b % tile_features // layout.slice_features
     bit = rows % (CHUNK // b) * in_slice + cols % in_slice
 
-    order = xp.lexsort((slice_ * 16 + bit, cell))
+    order = order_by(xp, cell, slice_ * 16 + bit, slices * 16)
     cell, slice_, bit = cell[order], slice_[order], bit[order]
     position = xp.arange(layout.nnz)
-    rank = position - xp.searchsorted(cell, cell)
+    count = count_at(xp, cell, cells)
+    first = xp.pad(xp.cumsum(count) - count, (0, 1))
+    rank = position - first[cell]
     opens_step = (rank % layout.capacity == 0) & (cell < cells)
     step = xp.where(cell < cells, xp.cumsum(opens_step) - 1, size)
 
     opened = xp.where(opens_step, step, size)
-    blocks = sum_at(xp, step, xp.ones_like(step), size)
+    blocks = count_at(xp, step, size)
     steps = [sum_at(xp, opened, value, size) for value in (cell % layout.chunks, position)]
     steps = xp.stack([*steps, blocks, xp.zeros_like(blocks)], -1)
 
     word = xp.where(step < size, step * slices + slice_, size * slices)
     present = sum_at(xp, word, 1 << bit, size * slices).reshape(size, slices)
-    counts = sum_at(xp, word, xp.ones_like(word), size * slices).reshape(size, slices)
+    counts = count_at(xp, word, size * slices).reshape(size, slices)
 
     # The bytes to copy, with x as a tile of 2^15 sums has it.
     work = xp.where(blocks > 0, 2**15 // tile_features * CHUNK, 0) + blocks * b**2
@@ -239,12 +242,14 @@ def _masks(xp: ModuleType, present: jax.Array, counts: jax.Array, layout: PlanLa
     """
     b = layout.block_size
     in_slice = layout.slice_features // b
-    depths = xp.arange(CHUNK // _DEPTH)
     bits = max(1, _DEPTH // b) * in_slice  # that 16 input features take in a word
-    occupied = (present[..., None] >> (depths * _DEPTH // b * in_slice) & ((1 << bits) - 1)) != 0
     in_group = _GROUP // layout.slice_features
-    groups = occupied.reshape(-1, layout.slices // in_group, in_group, depths.shape[0]).any(-2)
-    groups = xp.repeat((groups << depths).sum(-1), in_group, axis=-1)
+    anywhere = functools.reduce(operator.or_, (present[:, i::in_group] for i in range(in_group)))
+    groups = xp.zeros_like(anywhere)
+    for depth in range(CHUNK // _DEPTH):
+        occupied = anywhere >> (depth * _DEPTH // b * in_slice) & ((1 << bits) - 1)
+        groups = groups | (occupied != 0) << depth
+    groups = xp.repeat(groups, in_group, axis=-1)
     return present | groups << 16 | (xp.cumsum(counts, -1) - counts) << 20
 
 
@@ -273,14 +278,7 @@ def _make_by_id(
 
 def _sort_tiles(xp: ModuleType, tile: jax.Array, work: jax.Array, layout: PlanLayout) -> jax.Array:
     """Makes the list of tiles of the tile and the work of each step."""
-    steps = sum_at(xp, tile, xp.ones_like(tile), layout.tiles)
+    steps = count_at(xp, tile, layout.tiles)
     first = xp.cumsum(steps) - steps
     by_work = xp.argsort(-sum_at(xp, tile, work, layout.tiles), stable=True)
     return xp.stack([by_work, first[by_work], steps[by_work], xp.zeros_like(by_work)], -1)
-
-
-def sum_at(xp: ModuleType, index: jax.Array, values: jax.Array, size: int) -> jax.Array:
-    """Sums values into an array of `size` zeros; the index `size` stands for nowhere."""
-    if xp is np:
-        return np.bincount(index, values, size + 1)[:size].astype(np.int32)
-    return xp.zeros(size, np.int32).at[index].add(values.astype(np.int32), mode="drop")

@@ -11,8 +11,9 @@ from types import ModuleType
 import jax
 import numpy as np
 
+from jax_blocksparse.arrays import changes, last_flagged, order_by, put_at, sum_at
 from jax_blocksparse.geometry import is_live
-from jax_blocksparse.plan import flatten, sum_at
+from jax_blocksparse.plan import flatten
 from jax_blocksparse.sddmm_layout import SddmmLayout, SddmmPlan
 
 
@@ -37,7 +38,6 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     """
     unit, ratio, strips, per_slab = layout.unit, layout.ratio, layout.strips, layout.slab // layout.unit
     width, height = layout.strip // unit, layout.slab_rows * per_slab  # of a strip, in units
-    position = xp.arange(rows.shape[0], dtype=np.int32)
 
     # Units by strip, row and column; blocks of the same unit are neighbours.
     live = is_live(rows, cols, layout.grid)
@@ -51,14 +51,14 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     live = key < strips * height * width
     strip = xp.minimum(key // (height * width), strips - 1)
     unit_row, unit_col = xp.where(live, rows // ratio, 0), key % width
-    new_unit = live & _changes(xp, key)
+    new_unit = live & changes(xp, key)
     number = xp.cumsum(new_unit) - 1
 
     # Tiles of a strip: as even as possible, and as small as the target allows.
     before = xp.searchsorted(key, xp.arange(strips + 1) * (height * width))
     before = xp.concatenate([xp.zeros(1, number.dtype), number + 1])[before]
     x_slab = unit_row // per_slab
-    new_slab = live & (_changes(xp, strip) | _changes(xp, x_slab))
+    new_slab = live & (changes(xp, strip) | changes(xp, x_slab))
     rows_of_strip = sum_at(xp, strip, new_slab, strips)
     counts = before[1:] - before[:-1] + layout.row_cost * rows_of_strip
     sizes = xp.arange(1, layout.max_size + 1)
@@ -70,37 +70,37 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     place = 2 * (number - before[strip] + layout.row_cost * row_in_strip)
     if layout.whole_rows:  # the middle of the row decides
         units_of_row = sum_at(xp, row, new_unit, layout.nnz)
-        place = place[_last(xp, new_slab, position)] + units_of_row[row] + layout.row_cost
-    new_tile = live & (_changes(xp, strip) | _changes(xp, place // (2 * size[strip])))
+        place = place[last_flagged(xp, new_slab)] + units_of_row[row] + layout.row_cost
+    new_tile = live & (changes(xp, strip) | changes(xp, place // (2 * size[strip])))
 
     # A tile with too many units, or that needs too many slabs of x, is cut.
-    slot = number - number[_last(xp, new_tile, position)]
+    slot = number - number[last_flagged(xp, new_tile)]
     new_tile = new_tile | (new_unit & (slot % layout.capacity == 0))
     new_slab = new_slab | new_tile
     x_rank = xp.cumsum(new_slab)
-    x_rank = x_rank - x_rank[_last(xp, new_tile, position)]
+    x_rank = x_rank - x_rank[last_flagged(xp, new_tile)]
     new_tile = new_tile | (new_slab & (x_rank % layout.max_x_slabs == 0))
     x_rank = x_rank % layout.max_x_slabs
     tile = xp.where(live, xp.cumsum(new_tile) - 1, layout.tiles)
-    slot = number - number[_last(xp, new_tile, position)]
+    slot = number - number[last_flagged(xp, new_tile)]
 
     # Slabs of dy, in the order of features.
     slabs_of_strip = layout.strip // layout.slab
     dy_slab = unit_col // per_slab
-    used = _put(xp, tile * slabs_of_strip + dy_slab, xp.ones_like(tile), layout.tiles * slabs_of_strip)
+    used = put_at(xp, tile * slabs_of_strip + dy_slab, xp.ones_like(tile), layout.tiles * slabs_of_strip)
     used = used.reshape(layout.tiles, slabs_of_strip)
     x_slabs = sum_at(xp, tile, new_slab, layout.tiles)
     dy_rank = (x_slabs[:, None] + xp.cumsum(used, 1) - used).ravel()
     dy_rank = dy_rank[xp.minimum(tile, layout.tiles - 1) * slabs_of_strip + dy_slab]
 
-    slabs = _put(
+    slabs = put_at(
         xp,
         xp.concatenate([tile * layout.max_slabs + x_rank, tile * layout.max_slabs + dy_rank]),
         xp.concatenate([x_slab, strip * slabs_of_strip + dy_slab]),
         layout.tiles * layout.max_slabs,
     )
     x_place, dy_place = x_rank * per_slab + unit_row % per_slab, dy_rank * per_slab + unit_col % per_slab
-    slots = _put(xp, xp.where(live, number, layout.max_units), x_place | dy_place << 16, layout.max_units)
+    slots = put_at(xp, xp.where(live, number, layout.max_units), x_place | dy_place << 16, layout.max_units)
     first = xp.searchsorted(tile, xp.arange(layout.tiles + 1))
     first_unit = xp.concatenate([xp.zeros(1, number.dtype), xp.cumsum(new_unit)])[first]
     first_strip = xp.concatenate([strip, xp.zeros(1, strip.dtype)])[first]
@@ -128,35 +128,15 @@ def _sorted_rows(
     dy_slab = unit_col // per_slab
     cell = (dy_slab // slabs_of_strip * rows + unit_row // per_slab) * slabs_of_strip + dy_slab % slabs_of_strip
     cells = layout.strips * rows * slabs_of_strip
-    needed = _put(xp, xp.where(live, cell, cells), xp.ones_like(cell), cells).reshape(-1, slabs_of_strip)
+    needed = put_at(xp, xp.where(live, cell, cells), xp.ones_like(cell), cells).reshape(-1, slabs_of_strip)
     code = (needed << xp.arange(slabs_of_strip)).sum(1)
     for shift in (1, 2, 4, 8, 16):  # which number has this Gray code
         code = code ^ code >> shift
-    order = xp.lexsort((code, xp.arange(layout.strips * rows) // rows))
-    places = _put(xp, order, xp.arange(order.size), order.size)
+    order = order_by(xp, xp.arange(layout.strips * rows) // rows, code, 1 << slabs_of_strip)
+    places = put_at(xp, order, xp.arange(order.size), order.size)
     return (places[:, None] * per_slab + xp.arange(per_slab)).ravel()
 
 
 def make_flat_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleType) -> jax.Array:
     """Makes the plan of a pattern as the one array that the kernels take: the lists one after the other."""
     return flatten(make_plan(rows, cols, layout, xp), xp)
-
-
-def _changes(xp: ModuleType, values: jax.Array) -> jax.Array:
-    """Where a value differs from the one before; true at the front."""
-    return xp.concatenate([xp.ones(min(1, values.shape[0]), bool), values[1:] != values[:-1]])
-
-
-def _last(xp: ModuleType, flags: jax.Array, position: jax.Array) -> jax.Array:
-    """For each position, the last flagged one up to it, or 0."""
-    flagged = xp.where(flags, position, 0)
-    return np.maximum.accumulate(flagged) if xp is np else jax.lax.cummax(flagged)
-
-
-def _put(xp: ModuleType, index: jax.Array, values: jax.Array, size: int) -> jax.Array:
-    """Puts values into an array of `size` zeros; an index beyond stands for nowhere."""
-    if xp is np:
-        result = np.zeros(size + 1, np.int32)
-        result[np.minimum(index, size)] = values
-        return result[:size]
-    return xp.zeros(size, np.int32).at[index].set(values.astype(np.int32), mode="drop")
