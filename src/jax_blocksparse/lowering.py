@@ -69,7 +69,7 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
 
     layout = choose_layout(*(shape[::-1] if transpose else shape), data[1].shape[-1], data[1].shape[1])
     # Of float32, large blocks are read along the depth only, and must be transposed where rows are not.
-    packs = not transpose or layout.packs if tf32 else layout.packs and x[1].dtype.itemsize == 2
+    packs = (layout.packs or not transpose) if tf32 else (layout.packs and x[1].dtype.itemsize == 2)
     packs = packs and x[1].shape[1] > SMALL_BATCH
     batch = max(data[1].shape[0], indices[0][1].shape[0])
     y = ctx.avals_out[0]
