@@ -51,12 +51,6 @@ def section(report: dict[str, Any], layer: dict[str, Any] | None = None) -> str:
     )
 
 
-def fractions_section(report: dict[str, Any], layer: dict[str, Any] | None = None) -> str:
-    """Returns the section of docs/performance.md, likewise."""
-    del layer
-    return fractions.section(report)
-
-
 def load(files: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
     """Reads a report of products and, where there is a second file, one of `benchmarks.mlp`."""
     products, *layer = files
@@ -143,5 +137,5 @@ def _long(dtype: str) -> str:
     return {"bf16": "bfloat16", "f16": "float16", "tf32": "float32 (TF32)", "f32": "float32"}[dtype]
 
 
-SECTIONS = {README: section, ROOT / "docs" / "performance.md": fractions_section}
+SECTIONS = {README: section, ROOT / "docs" / "performance.md": lambda products, *_: fractions.section(products)}
 """By document: what makes the text of its section."""

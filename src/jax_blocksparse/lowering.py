@@ -77,8 +77,8 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
     sums = ShapedArray((0, 0, 0), np.float32)
     if scale is not None:
         spec = PartitionSpec(y.sharding.spec[0], None, None)
-        shape = (y.shape[0], -(-y.shape[1] // SUM_TOKENS), y.shape[2])
-        sums = y.update(shape=shape, dtype=np.dtype(np.float32), sharding=y.sharding.update(spec=spec))
+        sums_shape = (y.shape[0], -(-y.shape[1] // SUM_TOKENS), y.shape[2])
+        sums = y.update(shape=sums_shape, dtype=np.dtype(np.float32), sharding=y.sharding.update(spec=spec))
     # Where the kernel wants the blocks in its own order, it puts them here.
     workspace = ShapedArray((batch, *data[1].shape[1:]) if packs else (0,), data[1].dtype)
 

@@ -186,9 +186,8 @@ def _layouts(in_features: int, out_features: int, block_size: int, nnz: int) -> 
     for unit in sorted({max(16, block_size), 128}):
         slab = max(64, unit)
         dy_slabs = -(-out_features // slab)
-        for width in range(
-            1, min(MAX_SLABS[unit] - CAPACITY[unit] if unit >= 64 else MAX_SLABS[unit] - 1, dy_slabs) + 1
-        ):
+        widest = 1 if unit >= 64 else MAX_SLABS[unit] - 1  # of large units the kernels want strips of one slab
+        for width in range(1, min(widest, dy_slabs) + 1):
             if 0 < dy_slabs % width < 0.75 * width:
                 continue  # the last strip would be much narrower
             for split, clusters in _CLUSTERS.items():
