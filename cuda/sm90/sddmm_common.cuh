@@ -171,6 +171,21 @@ __device__ __forceinline__ void HandBack(const SddmmTile<Shape>& tile, std::uint
   if (lane == 1 && tile.shares_dy) ArriveAt(empty, tile.number % 2 ^ 1);
 }
 
+// For a product warp: calls multiply(stage) with the address of one stage after the other and hands each back.
+// Afterwards nobody reads the stages any more.
+template <typename Shape, typename Multiply>
+__device__ __forceinline__ void ForEachStage(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, SddmmRing ring,
+                                             std::uint32_t stages, const Multiply& multiply) {
+  for (int chunk = tile.Chunks(p); chunk > 0; --chunk) {
+    ring.WaitFull();
+    multiply(stages + ring.stage() * tile.stage_bytes());
+    __syncwarp();
+    HandBack(tile, ring.empty());
+    ring.Advance();
+  }
+  SyncThreads(1, kProductWarps * 32);
+}
+
 // One of the kCopyWarps warps copies its share of every stage.
 template <typename Shape>
 __device__ void CopyStages(const SddmmKernelParams& p, const SddmmTile<Shape>& tile, const SddmmShared& shared,

@@ -47,9 +47,7 @@ struct SmallConsumers {
     starts = __shfl_sync(kAllLanes, starts, 0);
 
     float sums[kMostUnits][kSteps][2 * kSteps][4] = {};
-    for (int chunk = tile.Chunks(p); chunk > 0; --chunk) {
-      ring.WaitFull();
-      const std::uint32_t stage = stages + ring.stage() * tile.stage_bytes();
+    ForEachStage(p, tile, ring, stages, [&](std::uint32_t stage) {
 #pragma unroll
       for (int k = 0; k < Shape::kTokens / 16; ++k) {
         const std::uint32_t base = stage + k * (16 * 128);
@@ -81,12 +79,8 @@ struct SmallConsumers {
           if (i + 1 < kMostUnits && (starts >> (i + 1) & 1)) load_x(i + 1);
         }
       }
-      __syncwarp();
-      HandBack(tile, ring.empty());
-      ring.Advance();
-    }
+    });
 
-    SyncThreads(1, kProductWarps * 32);  // nobody reads the stages any more
 #pragma unroll
     for (int i = 0; i < kMostUnits; ++i) {
       if (i >= count) break;

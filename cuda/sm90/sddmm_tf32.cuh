@@ -123,9 +123,7 @@ struct SmallTF32Consumers {
     starts = __shfl_sync(kAllLanes, starts, 0);
 
     PieceSums<kUnit> sums[kMostUnits];
-    for (int chunk = tile.Chunks(p); chunk > 0; --chunk) {
-      ring.WaitFull();
-      const std::uint32_t stage = stages + ring.stage() * tile.stage_bytes();
+    ForEachStage(p, tile, ring, stages, [&](std::uint32_t stage) {
 #pragma unroll
       for (int k = 0; k < Shape::kTokens / 8; ++k) {
         const std::uint32_t tokens = stage + k / 2 * (2 * kEightTokens), parity = k % 2 * kNextToken;
@@ -145,12 +143,8 @@ struct SmallTF32Consumers {
           if (i + 1 < kMostUnits && (starts >> (i + 1) & 1)) load_x(i + 1);
         }
       }
-      __syncwarp();
-      HandBack(tile, ring.empty());
-      ring.Advance();
-    }
+    });
 
-    SyncThreads(1, kProductWarps * 32);  // nobody reads the stages any more
 #pragma unroll
     for (int i = 0; i < kMostUnits; ++i) {
       if (i >= count) break;
@@ -177,9 +171,7 @@ struct LargeTF32Consumers {
     const std::uint32_t dy_place = tile.x_room * Shape::kSlabBytes + pair * 2 * Shape::kPanelBytes + DyPlace(lane);
 
     PieceSums<Shape::kPanel> sums[kMostPanels][2];
-    for (int chunk = tile.Chunks(p); chunk > 0; --chunk) {
-      ring.WaitFull();
-      const std::uint32_t stage = stages + ring.stage() * tile.stage_bytes();
+    ForEachStage(p, tile, ring, stages, [&](std::uint32_t stage) {
 #pragma unroll
       for (int k = 0; k < Shape::kTokens / 8; ++k) {
         const std::uint32_t tokens = stage + k / 2 * (2 * kEightTokens), parity = k % 2 * kNextToken;
@@ -197,12 +189,8 @@ struct LargeTF32Consumers {
           for (int j = 0; j < 2; ++j) sums[i][j].Add(x[i % 2], dy[j]);
         }
       }
-      __syncwarp();
-      HandBack(tile, ring.empty());
-      ring.Advance();
-    }
+    });
 
-    SyncThreads(1, kProductWarps * 32);  // nobody reads the stages any more
 #pragma unroll
     for (int i = 0; i < kMostPanels; ++i) {
       if (i >= count) break;
