@@ -11,6 +11,7 @@
 
 #include "../ptx.cuh"
 #include "element.cuh"
+#include "sum_operands.cuh"
 
 namespace jax_blocksparse::sm90 {
 
@@ -248,30 +249,6 @@ __device__ __forceinline__ void KeepRegisters(R (&registers)[kPlanes][kRows][kCo
   for (int i = 0; i < kPlanes; ++i) KeepRegisters(registers[i]);
 }
 
-// The first operands, the sum.
-#define JBS_SUM32                                                           \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-#define JBS_SUM64                                                                    \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-#define JBS_SUM128                                                                               \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                      \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-#define JBS_INOUT4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define JBS_INOUT16(d, i) JBS_INOUT4(d, i), JBS_INOUT4(d, i + 4), JBS_INOUT4(d, i + 8), JBS_INOUT4(d, i + 12)
-#define JBS_INOUT32(d, i) JBS_INOUT16(d, i), JBS_INOUT16(d, i + 16)
-#define JBS_INOUT64(d, i) JBS_INOUT32(d, i), JBS_INOUT32(d, i + 32)
-#define JBS_INOUT128(d, i) JBS_INOUT64(d, i), JBS_INOUT64(d, i + 64)
-
 // Shape, types, and what follows the operands "add to the sum, negate neither": whether they are MN-major, which only
 // 16-bit elements can be.
 #define JBS_BF16(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
@@ -279,9 +256,9 @@ __device__ __forceinline__ void KeepRegisters(R (&registers)[kPlanes][kRows][kCo
 #define JBS_TF32(n) "wgmma.mma_async.sync.aligned.m64n" #n "k8.f32.tf32.tf32 "
 
 // A in registers, B K-major in shared memory.
-#define JBS_MULTIPLY_REGISTERS(instruction, regs, a0, a1, a2, a3, b, majors)                           \
-  asm volatile(instruction JBS_SUM##regs "{" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1, 1, 1" majors ";" \
-               : JBS_INOUT##regs(sum, 0)                                                               \
+#define JBS_MULTIPLY_REGISTERS(instruction, regs, a0, a1, a2, a3, b, majors)                              \
+  asm volatile(instruction JBS_SUM##regs "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1, 1, 1" majors ";" \
+               : JBS_INOUT##regs(sum)                                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor))
 #define JBS_MULTIPLY_REGISTERS_OF(n, regs, a0, a1, a2, a3, b)            \
   if constexpr (std::is_same_v<T, float>) {                              \
@@ -306,9 +283,9 @@ __device__ __forceinline__ void MultiplyRegisters(float (&sum)[kSums], const std
 }
 
 // Both in shared memory: A K-major or, with kMNMajorA, MN-major; B K-major.
-#define JBS_MULTIPLY_SHARED(instruction, regs, a, b, majors)             \
-  asm volatile(instruction JBS_SUM##regs a ", " b ", 1, 1, 1" majors ";" \
-               : JBS_INOUT##regs(sum, 0)                                 \
+#define JBS_MULTIPLY_SHARED(instruction, regs, a, b, majors)                   \
+  asm volatile(instruction JBS_SUM##regs "}, " a ", " b ", 1, 1, 1" majors ";" \
+               : JBS_INOUT##regs(sum)                                          \
                : "l"(a_descriptor), "l"(b_descriptor))
 #define JBS_MULTIPLY_SHARED_OF(n, regs, a, b)                    \
   if constexpr (std::is_same_v<T, float>) {                      \
@@ -342,13 +319,5 @@ __device__ __forceinline__ void MultiplyShared(float (&sum)[kSums], std::uint64_
 #undef JBS_TF32
 #undef JBS_F16
 #undef JBS_BF16
-#undef JBS_INOUT128
-#undef JBS_INOUT64
-#undef JBS_INOUT32
-#undef JBS_INOUT16
-#undef JBS_INOUT4
-#undef JBS_SUM128
-#undef JBS_SUM64
-#undef JBS_SUM32
 
 }  // namespace jax_blocksparse::sm90
