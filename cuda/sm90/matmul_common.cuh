@@ -132,7 +132,7 @@ using Ring = StageRing<kMaxStages>;
 // The work of the warp that copies: calls copy(tile, step, stage of the step, ring) in one lane when that stage is
 // empty, and after a tile's last step does the same with copy_scale(tile, warpgroup, ring), if there is a scale. The
 // warp stays converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.
-template <int kStagesOfStep, typename Tiles, typename Copy, typename CopyScale>
+template <int kStagesOfStep, bool kFuses, typename Tiles, typename Copy, typename CopyScale>
 __device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int lane, int warpgroups,
                                         const Copy& copy, const CopyScale& copy_scale) {
   const auto load = [&](const Tile& tile, int first) {
@@ -160,7 +160,7 @@ __device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tile
         }
       }
     }
-    for (int group = 0; group < (p.epilogue.scale == nullptr ? 0 : warpgroups); ++group) {
+    for (int group = 0; group < (kFuses && p.epilogue.scale != nullptr ? warpgroups : 0); ++group) {
       ring.WaitEmpty();
       if (lane == 0) copy_scale(tile, group, ring);
       __syncwarp();
@@ -275,6 +275,15 @@ cudaError_t LaunchPersistent(KernelParams params, int sms, int threads, int shar
   config.stream = stream;
   config.attrs = attributes;
   return cudaLaunchKernelEx(&config, kKernel, params);
+}
+
+// Calls launch(fuses) with a type that says whether the kernel has to have an epilogue. Kernels of floats never do.
+template <typename T, typename Launch>
+cudaError_t WithFusing(const Epilogue& epilogue, const Launch& launch) {
+  if constexpr (!std::is_same_v<T, float>) {
+    if (!epilogue.IsIdentity()) return launch(std::true_type{});
+  }
+  return launch(std::false_type{});
 }
 
 }  // namespace jax_blocksparse::sm90

@@ -27,7 +27,7 @@ struct LargeTile {
   static constexpr int kXBytes = kTokens * kRowBytes;
   static constexpr int kPieceOfW = kGroup * kRowBytes;
   static constexpr int kStageBytes = kXBytes + kWarpgroups * kPieceOfW;
-  static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups>::kSharedBytes;
+  static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups, true>::kSharedBytes;
   static constexpr int kStages = StagesThatFit(kStageBytes, kOutputBytes);
   static constexpr int kSharedBytes = kAlignment + kStages * kStageBytes + kOutputBytes;
   static_assert(kBlock == 64 || kBlock == 128,
@@ -53,7 +53,7 @@ __device__ __forceinline__ void ClearBeyond(std::uint32_t piece, int depth) {
 }
 
 // Steps are (chunk, id of the first group's block, id of the second's, unused); absent ids are negative.
-template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster>
+template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster, bool kFuses>
 __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1)
     MatmulLargeKernel(const __grid_constant__ KernelParams p) {
   using L = LargeTile<T, kBlock, kTileTokens>;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
       LoadTensor(stages + ring.stage() * L::kStageBytes, &p.scale, tile.feature + group * kGroup,
                  tile.token + rank * L::kTokens, p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
     };
-    if (warp == L::kWarpgroups * 4) Produce<kParts<T>>(p, tiles, ring, lane, L::kWarpgroups, copy, copy_scale);
+    if (warp == L::kWarpgroups * 4) Produce<kParts<T>, kFuses>(p, tiles, ring, lane, L::kWarpgroups, copy, copy_scale);
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(L::kWarpgroups)>();
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
         if (lane == 0) Arrive(barrier);
       }
     };
-    OutputWriter<T, L::kTokens, L::kWarpgroups> writer(p, output, group);
+    OutputWriter<T, L::kTokens, L::kWarpgroups, kFuses> writer(p, output, group);
     Tile tile = tiles.Load(0);
     int2 next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
@@ -201,8 +201,10 @@ cudaError_t LaunchLarge(const MatmulParams& params, int sms, cudaStream_t stream
   error = EncodeTensorMap(&p.w, {params.data, kFactorMapType<T>, sizeof(T), kBlock, rows,
                                  static_cast<std::uint64_t>(params.data_batch), kGroup});
   if (error != cudaSuccess) return error;
-  return LaunchPersistent<MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster>, kCluster, false>(
-      p, sms, L::kThreads, L::kSharedBytes, stream);
+  return WithFusing<T>(p.epilogue, [&](auto fuses) {
+    constexpr auto kKernel = MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster, decltype(fuses)::value>;
+    return LaunchPersistent<kKernel, kCluster, false>(p, sms, L::kThreads, L::kSharedBytes, stream);
+  });
 }
 
 }  // namespace jax_blocksparse::sm90

@@ -30,7 +30,7 @@ struct SmallTile {
   static constexpr int kBlockBytes = kBlock * kBlock * sizeof(T);
   static constexpr int kPartBytes = kTokens * kRowBytes;
   static constexpr int kXBytes = kParts<T> * kPartBytes;
-  static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups>::kSharedBytes;
+  static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups, true>::kSharedBytes;
   static constexpr int kFullCapacity = kFeatures * kChunk / (kBlock * kBlock);
   static constexpr int kMinCapacity = kSliceFeatures * kChunk / (kBlock * kBlock);  // what a word can name
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32);
@@ -131,7 +131,7 @@ struct StepWord<T, 8> {
 };
 
 // Steps are (chunk, position of the first block, number of blocks, unused).
-template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
+template <typename T, int kBlock, int kTileTokens, int kTileFeatures, bool kFuses>
 __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeatures>::kThreads, 1)
     MatmulSmallKernel(const __grid_constant__ KernelParams p) {
   using S = SmallTile<T, kBlock, kTileTokens, kTileFeatures>;
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
     };
     if (warp == S::kWarpgroups * 4) {
       WaitForPrerequisites();  // they pack W
-      Produce<1>(p, tiles, ring, lane, S::kWarpgroups, copy, copy_scale);
+      Produce<1, kFuses>(p, tiles, ring, lane, S::kWarpgroups, copy, copy_scale);
     }
     __syncwarp();
   } else {
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
     };
 
     const auto release = [](std::uint32_t barrier) { Arrive(barrier); };
-    OutputWriter<T, S::kTokens, S::kWarpgroups> writer(p, output, group);
+    OutputWriter<T, S::kTokens, S::kWarpgroups, kFuses> writer(p, output, group);
     Tile tile = tiles.Load(0);
     Masks next = load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
@@ -325,9 +325,11 @@ cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream
   p.packed = params.data;
   p.capacity = params.capacity;
   p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
-  constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures>;
-  return LaunchPersistent<kKernel, 1, true>(p, sms, S::kThreads, kAlignment + p.stages * stage_bytes + S::kOutputBytes,
-                                            stream);
+  const int shared_bytes = kAlignment + p.stages * stage_bytes + S::kOutputBytes;
+  return WithFusing<T>(p.epilogue, [&](auto fuses) {
+    constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, decltype(fuses)::value>;
+    return LaunchPersistent<kKernel, 1, true>(p, sms, S::kThreads, shared_bytes, stream);
+  });
 }
 
 }  // namespace jax_blocksparse::sm90

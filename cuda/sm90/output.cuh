@@ -16,7 +16,8 @@
 
 namespace jax_blocksparse::sm90 {
 
-template <typename T, int kTokens, int kWarpgroups>
+// Without kFuses there must be no epilogue; then none of its code takes registers from the products.
+template <typename T, int kTokens, int kWarpgroups, bool kFuses>
 class OutputWriter {
  public:
   // For pieces in shared memory, for each warpgroup. Where there are four of them, one works while another one waits.
@@ -32,7 +33,7 @@ class OutputWriter {
 
   // The biases of the lane's features in a tile: for Write, but asked for before the last products are waited for.
   __device__ float2 LoadBiases(const Tile& tile) const {
-    if (p_.epilogue.bias == nullptr) return {0.f, 0.f};
+    if (!kFuses || p_.epilogue.bias == nullptr) return {0.f, 0.f};
     const float* bias = p_.epilogue.bias + tile.batch * p_.epilogue.bias_batch_stride;
     const int feature = FeatureOf(tile);
     return {feature < p_.out_features ? __ldg(bias + feature) : 0.f,
@@ -47,10 +48,10 @@ class OutputWriter {
     thread_ = Opaque(threadIdx.x % 128);
     if constexpr (std::is_same_v<T, float>) {
       WriteFloats(sum, tile, token);
-    } else if (p_.epilogue.IsIdentity()) {
-      p_.f32_output ? WriteFloats(sum, tile, token) : WriteHalves(sum, tile, token);
-    } else {
+    } else if constexpr (kFuses) {
       WriteWithEpilogue(sum, biases, tile, token, ring, stages, stage_bytes, release);
+    } else {
+      p_.f32_output ? WriteFloats(sum, tile, token) : WriteHalves(sum, tile, token);
     }
   }
 
