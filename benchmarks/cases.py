@@ -160,8 +160,9 @@ _TINY = Selection(shapes=(Shape(16, 64, 64),), blocks=(16,), densities=(0.5,), c
 _UNEVEN = dataclasses.replace(
     _MAIN, blocks=(16, 32, 64, 128), densities=(0.1,), patterns=("bernoulli", "barabasi-albert", "banded")
 )
-_DTYPES = dataclasses.replace(_MAIN, blocks=(16, 64), densities=(0.1,), dtypes=("tf32", "f16"), products=("y", "dw"))
-_TRUE_FLOAT32 = dataclasses.replace(_DTYPES, dtypes=("f32",), contenders=("native", "xla"))
+_TF32 = dataclasses.replace(_PEERS, dtypes=("tf32",), contenders=("native",))
+_F16 = dataclasses.replace(_MAIN, blocks=(16, 64), densities=(0.1,), dtypes=("f16",), products=("y", "dw"))
+_F32 = dataclasses.replace(_TF32, densities=(0.1,), dtypes=("f32",), contenders=("native", "xla"))
 
 PRESETS: dict[str, tuple[Selection, ...]] = {
     "cpu": (Selection(shapes=(Shape(2048, 2048, 2048),), densities=(1.0, 0.5, 0.25, 0.1, 0.05), dtypes=("f32",)),),
@@ -174,8 +175,9 @@ PRESETS: dict[str, tuple[Selection, ...]] = {
         _FEW_TOKENS_PEERS,
         dataclasses.replace(_FEW_TOKENS, shapes=_FEW_TOKENS.shapes[::2]),
         _WIDE,
-        _DTYPES,
-        _TRUE_FLOAT32,
+        _TF32,
+        _F16,
+        _F32,
         dataclasses.replace(_FEW_TOKENS, shapes=_FEW_TOKENS.shapes[1::2]),
         _DEEP,
         _LONG,
@@ -192,7 +194,7 @@ PRESETS: dict[str, tuple[Selection, ...]] = {
         ),
         *(
             dataclasses.replace(each, blocks=_MAIN.blocks, densities=_MAIN.densities, contenders=("native", "xla"))
-            for each in (_DTYPES, _TRUE_FLOAT32)
+            for each in (_TF32, _F16, _F32)
         ),
         dataclasses.replace(_FEW_TOKENS, products=PRODUCTS, cache="warm"),
     ),

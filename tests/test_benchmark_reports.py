@@ -89,12 +89,17 @@ def test_fractions():
     results = some_results()
     results["environment"]["copy_bytes_per_s"] = 2e12
     few = record(m=16, density=0.1) | {"median_s": 6e-6, "flops": 2 * 16 * 1.6e6}
-    results["results"] += [few, record(pattern="banded", speedup=6.0), record(dtype="f16", speedup=3.0)]
+    floats = [
+        record(dtype="f32", speedup=gain, contender=who) | {"median_s": 1 / gain}
+        for who, gain in (("native", 3.0), ("xla", 0.5))
+    ]
+    results["results"] += [few, record(pattern="banded", speedup=6.0), record(dtype="f16", speedup=3.0), *floats]
     text = fractions.section(results)
     assert re.search(r"\| dw 32 \| 0.50 \(0.12\) \| +0.50 \(0.12\) \|", text)
     assert re.search(r"\| 16 x 1024 x 1024, 32 \| 6.0 us \(1.20\) \|", text)
     assert re.search(r"\| banded 32 \| 1.20 \|", text)
-    assert re.search(r"\| f16 native 32, 0.1 \| 3.00 \|", text)
+    assert re.search(r"\| f16 y 32 \| +0.30 \|", text)
+    assert re.search(r"\| f32 y 32 \| +0.30 \(6.0\) \|", text)
 
 
 def test_benchmark_writes_what_is_shipped(tmp_path, monkeypatch):
