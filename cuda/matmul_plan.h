@@ -19,7 +19,7 @@ constexpr bool NeedsPacking(const MatmulParams& p) {
 
 // Where the lists begin, in integers; every list is padded to a multiple of 16 bytes.
 struct MatmulPlanLayout {
-  std::int64_t tiles = 0;  // (feature_tiles, 4): tile, first step, number of steps, 0; most work first
+  std::int64_t tiles = 0;  // (feature_tiles, 4): two groups, first step, number of steps, two groups; most work first
   std::int64_t steps = 0;  // (max_steps, 4)
   std::int64_t masks = 0;  // (slices, max_steps)
   std::int64_t order = 0;  // (nnz): ids in the order in which the kernel takes the blocks

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_blocksparse.plan import CHUNK, PlanLayout, choose_capacity, choose_layout, full_capacity, make_plan
+from jax_blocksparse.plan import CHUNK, GROUP, PlanLayout, choose_capacity, choose_layout, full_capacity, make_plan
 
 SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
 CASES = [
@@ -27,12 +27,20 @@ def make_case(block, shape, tile, density, capacity=None, seed=0):
     return rows[shuffle].astype(np.int32), cols[shuffle].astype(np.int32), layout
 
 
+def read_tiles(plan, layout):
+    """(groups, first step, steps) of every tile, checking that each group is one tile's."""
+    words = plan.tiles[:, [0, 3]]
+    groups = np.stack([words & 0xFFFF, words >> 16 & 0xFFFF], -1).reshape(-1, 4)[:, : layout.groups]
+    np.testing.assert_array_equal(np.sort(groups.ravel()), np.arange(groups.size))
+    return np.concatenate([groups, plan.tiles[:, 1:3]], -1)
+
+
 def read_packed(plan, layout):
     """(block row, block column, id) of every block that some product takes, checking what the kernel relies on."""
     b, width = layout.block_size, layout.slice_features
     in_slice = width // b
     found = []
-    for tile, first_step, steps, _ in plan.tiles:
+    for *groups, first_step, steps in read_tiles(plan, layout):
         for step in range(first_step, first_step + steps):
             chunk, first, blocks, _ = plan.steps[step]
             assert 1 <= blocks <= layout.capacity
@@ -46,7 +54,8 @@ def read_packed(plan, layout):
                     row = chunk * (CHUNK // b) + bit // in_slice
                     depths = {k // 16 for k in range(row * b % CHUNK, row * b % CHUNK + b)}
                     assert all(word >> (16 + depth) & 1 for depth in depths)
-                    col = (tile * layout.tile_features + slice_ * width) // b + bit % in_slice
+                    feature = groups[slice_ * width // GROUP] * GROUP + slice_ * width % GROUP
+                    col = feature // b + bit % in_slice
                     found.append((row, col, plan.order[first + seen]))
                     seen += 1
             assert seen == blocks
@@ -61,8 +70,8 @@ def read_packed(plan, layout):
 def read_by_id(plan, layout):
     """(64-row, 64-column, id) of every piece that some product takes."""
     return [
-        (chunk, tile * 2 + group, ids[group])
-        for tile, first, steps, _ in plan.tiles
+        (chunk, groups[group], ids[group])
+        for *groups, first, steps in read_tiles(plan, layout)
         for chunk, *ids, _ in plan.steps[first : first + steps]
         for group in range(2)
         if ids[group] >= 0
@@ -119,15 +128,41 @@ def test_order_is_a_permutation_with_inert_blocks_last():
 def test_tiles_with_most_work_come_first():
     rows = np.array([0, 0, 1, 2, 0, 5], np.int32)
     cols = np.array([0, 16, 16, 16, 32, 33], np.int32)
-    plan = make_plan(rows, cols, PlanLayout(512, 768, 16, 6, 256, 16), np)
-    assert plan.tiles.tolist() == [[2, 2, 2, 0], [1, 1, 1, 0], [0, 0, 1, 0]]
+    rows, cols = (np.repeat(each, 4) for each in (rows + 8 * (cols // 16), cols))
+    cols += np.tile(np.arange(4) * 4, 6)  # the same in each group of a tile
+    layout = PlanLayout(512, 768, 16, 24, 256, 16)
+    tiles = read_tiles(make_plan(rows, cols, layout, np), layout)
+    assert tiles.tolist() == [[8, 9, 10, 11, 2, 2], [4, 5, 6, 7, 1, 1], [0, 1, 2, 3, 0, 1]]
+
+
+def test_groups_that_meet_the_same_chunks_share_a_tile():
+    rows = np.array([0, 0, 1, 2, 2, 3, 3, 3], np.int32)
+    cols = np.array([0, 3, 1, 2, 4, 2, 4, 5], np.int32)
+    layout = PlanLayout(256, 384, 64, 8, 128, 1)
+    tiles = read_tiles(make_plan(rows, cols, layout, np), layout)
+    assert tiles.tolist() == [[2, 4, 3, 2], [1, 5, 1, 2], [0, 3, 0, 1]]
+
+
+def test_too_many_groups_stay_in_order():
+    rows, cols = np.zeros(3, np.int32), np.array([0, 1500, 2000], np.int32)
+    layout = PlanLayout(64, 64 * 2048, 64, 3, 128, 1)
+    tiles = read_tiles(make_plan(rows, cols, layout, np), layout)
+    np.testing.assert_array_equal(tiles[:, 0] + 1, tiles[:, 1])
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2])
+def test_arranging_groups_saves_steps(density):
+    rows, cols = np.nonzero(np.random.default_rng(0).random((64, 64)) < density)
+    layout = choose_layout(4096, 4096, 64, rows.size)
+    in_order = np.unique(rows * 32 + cols // 2).size
+    assert make_plan(rows, cols, layout, np).tiles[:, 2].sum() < 0.93 * in_order
 
 
 @pytest.mark.parametrize("block", [8, 64])
 def test_pattern_without_blocks_has_tiles_without_steps(block):
     layout = PlanLayout(256, 300, block, 0, 128, 128)
-    plan = make_plan(np.zeros(0, np.int32), np.zeros(0, np.int32), layout, np)
-    assert plan.tiles.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0]]
+    tiles = read_tiles(make_plan(np.zeros(0, np.int32), np.zeros(0, np.int32), layout, np), layout)
+    assert tiles.tolist() == [[0, 1, 0, 0], [2, 3, 0, 0], [4, 5, 0, 0]]
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])

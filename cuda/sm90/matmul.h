@@ -1,8 +1,8 @@
 // y = x W on Hopper's tensor cores: what the kernels offer to the handlers. Plain C++.
 //
 // Everything that depends on the pattern comes as plan arrays (src/jax_blocksparse/plan.py makes and describes them).
-// Output features are cut into tiles, input features into chunks of 64; a step is a chunk in which a tile has blocks.
-// No content of the plan arrays can lead outside a buffer.
+// Output features are cut into groups of 64, input features into chunks of 64; a tile has two or four groups, any; a
+// step is a chunk in which a tile has blocks. No content of the plan arrays can lead outside a buffer.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,7 +14,9 @@
 
 namespace jax_blocksparse::sm90 {
 
-constexpr int kChunk = 64;  // input features a step
+constexpr int kChunk = 64;                   // input features a step
+constexpr int kGroup = 64;                   // output features of a warpgroup's product, "M" of the instruction
+constexpr int kMostFeatures = kGroup << 16;  // output features that 16 bits for a group can name
 
 // The features of a tile.
 constexpr int TileFeatures(int block) { return block == 16 || block == 32 ? 256 : 128; }
@@ -29,7 +31,8 @@ struct MatmulParams {
   // before. Blocks of 64 and 128: as they are, in any order, but those of float transposed if `transpose` would not be
   // true; where they stick out of W they may hold anything.
   const void* data;
-  const std::int32_t* tiles;  // (feature_tiles, 4): tile, its first step, its number of steps, 0; most work first
+  // (feature_tiles, 4): two groups, 16 bits each, first step, number of steps, the other two groups; most work first
+  const std::int32_t* tiles;
   const std::int32_t* steps;  // (max_steps, 4)
   const std::int32_t* masks;  // (slices, max_steps); blocks of 8 to 32 only
   void* y;                    // (batch, tokens, out_features)
@@ -49,13 +52,14 @@ struct MatmulParams {
   Epilogue epilogue;           // none where y is float
 };
 
-// Whether the kernels take these operands: there is something to copy, and tensor copies want rows at multiples of 16
-// bytes.
+// Whether the kernels take these operands: there is something to copy, tensor copies want rows at multiples of 16
+// bytes, and the plan has 16 bits for a group.
 inline bool CanLaunchMatmul(const MatmulParams& p) {
   const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
   return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.tiles) && is_aligned(p.steps) &&
          is_aligned(p.epilogue.slope) && is_aligned(p.epilogue.scale) && p.nnz > 0 && p.in_features > 0 &&
-         p.in_features % (Is16Bit(p.type) ? 8 : 4) == 0 && p.out_features % (p.f32_output ? 4 : 8) == 0;
+         p.in_features % (Is16Bit(p.type) ? 8 : 4) == 0 && p.out_features % (p.f32_output ? 4 : 8) == 0 &&
+         p.out_features <= kMostFeatures;
 }
 
 cudaError_t LaunchMatmulBF16(const MatmulParams& params, cudaStream_t stream);

@@ -14,11 +14,11 @@
 
 namespace jax_blocksparse::sm90 {
 
-constexpr int kGroup = 64;  // features of a warpgroup's product, "M" of the instruction
 constexpr int kMaxStages = 16;
 constexpr int kPieceTokens = 32;  // of y, for one store
 constexpr int kPieceBytes = kPieceTokens * kRowBytes;
-constexpr int kProducerThreads = 128;  // registers are handed over by whole warpgroups; one of the warps works
+constexpr int kProducers = 2;          // warps: one takes too long for a step of which it has little to copy
+constexpr int kProducerThreads = 128;  // registers are handed over by whole warpgroups; the other warps do not work
 // What is handed over comes out of what the CTA got at its launch: as many a thread as its size allows, in eights.
 constexpr int ProducerRegisters(int warpgroups) { return warpgroups > 2 ? 32 : 56; }
 constexpr int ConsumerRegisters(int warpgroups) {
@@ -59,8 +59,15 @@ struct KernelParams {
 
 // A tile of y. It is valid if steps >= 0.
 struct Tile {
-  int feature, token, batch;
+  std::uint32_t groups[2];  // of features, 16 bits each
+  int feature;              // the first one of the group that the list of tiles was made for
+  int token, batch;
   int first_step, steps;
+
+  // What a plan says may lie beyond y: nothing is stored there.
+  __device__ int FeatureOf(int group) const {
+    return static_cast<int>((group < 2 ? groups[0] : groups[1]) >> group % 2 * 16 & 0xffff) * kGroup;
+  }
 };
 
 // Step `i` of a tile, which must have it.
@@ -68,8 +75,9 @@ __device__ __forceinline__ const int4* StepOf(const KernelParams& p, const Tile&
   return reinterpret_cast<const int4*>(p.steps + tile.batch * p.plan_batch_stride) + tile.first_step + i;
 }
 
-// The tiles of one CTA (or cluster), of kTokens tokens each: one in each round. CTAs that run together share tokens, so
-// that x is read from memory once, and W comes from L2: if it is too large for that, a band of feature tiles at a time.
+// The tiles of one CTA (or cluster), of kTokens tokens each, as a group of their features sees them: one in each round.
+// CTAs that run together share tokens, so that x is read from memory once, and W comes from L2: if it is too large for
+// that, a band of feature tiles at a time.
 //
 // The tiles of the same tokens are a row; in the plan they go from most work to least. Where rounds can be made of
 // whole rows, or rows of whole rounds, without adding a round, they are: then CTAs that share tokens are neighbours on
@@ -78,17 +86,18 @@ __device__ __forceinline__ const int4* StepOf(const KernelParams& p, const Tile&
 // end, and heavy tiles, which read, alternate with light ones, which write. Every other stratum is taken backwards:
 // whoever has the most of its stratum has the least of the next. Where rounds and rows do not fit, every other round
 // goes through the CTAs backwards, to a similar end.
-template <int kTokens, int kFeatures>
+template <int kTokens>
 class TileList {
  public:
-  __device__ TileList(const KernelParams& p, int worker, int workers) : p_(p), worker_(worker), workers_(workers) {}
+  __device__ TileList(const KernelParams& p, int worker, int workers, int group)
+      : p_(p), worker_(worker), workers_(workers), group_(group) {}
 
   __device__ Tile Load(int round) const {
     const std::int64_t per_batch = static_cast<std::int64_t>(p_.token_tiles) * p_.feature_tiles;
     const bool backwards = p_.stratum == 0 && round % 2 != 0;
     const std::int64_t index =
         static_cast<std::int64_t>(round) * workers_ + (backwards ? workers_ - 1 - worker_ : worker_);
-    Tile tile{0, 0, 0, 0, -1};
+    Tile tile{{0, 0}, 0, 0, 0, 0, -1};
     if (index >= per_batch * p_.batch) return tile;
     tile.batch = static_cast<int>(index / per_batch);
     int rest = static_cast<int>(index - tile.batch * per_batch);
@@ -98,7 +107,9 @@ class TileList {
     tile.token = rest / width * kTokens;
     const int4* entries = reinterpret_cast<const int4*>(p_.tiles + tile.batch * p_.plan_batch_stride);
     const int4 entry = __ldg(entries + first + (p_.stratum == 0 ? rest % width : Rotated(rest % width, index)));
-    tile.feature = max(0, min(entry.x, p_.feature_tiles - 1)) * kFeatures;
+    tile.groups[0] = static_cast<std::uint32_t>(entry.x);
+    tile.groups[1] = static_cast<std::uint32_t>(entry.w);
+    tile.feature = tile.FeatureOf(group_);
     tile.first_step = max(0, min(entry.y, p_.max_steps));
     tile.steps = max(0, min(entry.z, p_.max_steps - tile.first_step));
     return tile;
@@ -114,7 +125,7 @@ class TileList {
   }
 
   const KernelParams& p_;
-  int worker_, workers_;
+  int worker_, workers_, group_;
 };
 
 // Keeps the compiler from computing a value anew at each use.
@@ -129,12 +140,14 @@ __device__ __forceinline__ float Opaque(float value) {
 
 using Ring = StageRing<kMaxStages>;
 
-// The work of the warp that copies: calls copy(tile, step, stage of the step, ring) in one lane when that stage is
-// empty, and after a tile's last step does the same with copy_scale(tile, warpgroup, ring), if there is a scale. The
-// warp stays converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.
+// The work of a warp that copies, one of kProducers: calls copy(tile, step, stage of the step, ring) in one lane when
+// that stage is empty, and after a tile's last step does the same with copy_scale(tile, warpgroup, ring), if there is a
+// scale. A stage is always filled by the same warp: another one could take the barrier's phase for the last but one.
+// The warp stays converged: shuffles in a warp that is not cost several times as much, and products wait for this warp.
 template <int kStagesOfStep, bool kFuses, typename Tiles, typename Copy, typename CopyScale>
-__device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int lane, int warpgroups,
-                                        const Copy& copy, const CopyScale& copy_scale) {
+__device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tiles, Ring ring, int lane, int producer,
+                                        int warpgroups, const Copy& copy, const CopyScale& copy_scale) {
+  const auto is_own = [&] { return ring.stage() % kProducers == producer; };
   const auto load = [&](const Tile& tile, int first) {
     const int i = first + lane;
     return i < tile.steps ? __ldg(StepOf(p, tile, i)) : int4{};
@@ -149,21 +162,25 @@ __device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tile
       next = first + 32 < tile.steps ? load(tile, first + 32) : load(following, 0);
       const int count = min(32, tile.steps - first);
       for (int i = 0; i < count; ++i) {
-        const int4 step = {__shfl_sync(kAllLanes, window.x, i), __shfl_sync(kAllLanes, window.y, i),
-                           __shfl_sync(kAllLanes, window.z, i), 0};
 #pragma unroll
         for (int stage = 0; stage < kStagesOfStep; ++stage) {
-          ring.WaitEmpty();
-          if (lane == 0) copy(tile, step, stage, ring);
-          __syncwarp();
+          if (is_own()) {
+            const int4 step = {__shfl_sync(kAllLanes, window.x, i), __shfl_sync(kAllLanes, window.y, i),
+                               __shfl_sync(kAllLanes, window.z, i), 0};
+            ring.WaitEmpty();
+            if (lane == 0) copy(tile, step, stage, ring);
+            __syncwarp();
+          }
           ring.Advance();
         }
       }
     }
     for (int group = 0; group < (kFuses && p.epilogue.scale != nullptr ? warpgroups : 0); ++group) {
-      ring.WaitEmpty();
-      if (lane == 0) copy_scale(tile, group, ring);
-      __syncwarp();
+      if (is_own()) {
+        ring.WaitEmpty();
+        if (lane == 0) copy_scale(tile, group, ring);
+        __syncwarp();
+      }
       ring.Advance();
     }
     tile = following;
@@ -249,31 +266,22 @@ inline std::int64_t DivideTiles(KernelParams* p, std::int64_t workers) {
   return aligned;
 }
 
-// One CTA for each SM, or not many less, in clusters of kCluster. With kPacked, the kernel launched right before is the
-// one that packs W, and this one may begin while that is running. No other kernel may be overlapped with: it could let
-// its dependents begin before x is there.
-template <auto kKernel, int kCluster, bool kPacked>
+// One CTA for each SM, or not many less, in clusters of kCluster. The launch must not overlap with the one before, as
+// one that depends on packing could: CTAs would be placed as SMs become free, away from those whose copies of x
+// coincide with their own.
+template <auto kKernel, int kCluster>
 cudaError_t LaunchPersistent(KernelParams params, int sms, int threads, int shared_bytes, cudaStream_t stream) {
   if (const cudaError_t error = AllowSharedMemory<kKernel>(kMaxSharedBytes); error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kCluster, 1, 1};
   cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attributes[2];
-  if (kPacked) {
-    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-  }
-  // A cluster of one would still be placed like a cluster: away from the CTAs whose copies of x coincide with its own.
-  // That costs up to an eighth of the speed.
-  if (kCluster > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {kCluster, 1, 1};
-  }
+  config.attrs = &cluster;
+  config.numAttrs = kCluster > 1;  // a cluster of one would be placed like a cluster, too
   config.gridDim = static_cast<unsigned>(DivideTiles(&params, sms / kCluster) * kCluster);
   config.blockDim = static_cast<unsigned>(threads);
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = attributes;
   return cudaLaunchKernelEx(&config, kKernel, params);
 }
 

@@ -1,6 +1,6 @@
 // y = x W and dx = dy W^T for blocks of 64 and 128 on Hopper.
 //
-// A CTA computes 256 tokens x 128 features. One warp copies, for each step of the tile's list, a chunk of x (256 tokens
+// A CTA computes 256 tokens x 128 features. Two warps copy, for each step of the tile's list, a chunk of x (256 tokens
 // x 64 depths) and the 64 x 64 pieces of W that meet it into a ring of stages; each of two warpgroups multiplies 64 of
 // the features with all tokens, where its piece is present. The roles are swapped: features are the instruction's M,
 // tokens its N, so that an absent piece saves a whole product and x, the larger operand, is read by wide products. W is
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
   __syncthreads();
   if constexpr (kCluster > 1) SyncCluster();
 
-  const TileList<L::kTokens * kCluster, L::kFeatures> tiles(p, blockIdx.x / kCluster, gridDim.x / kCluster);
+  const TileList<L::kTokens * kCluster> tiles(p, blockIdx.x / kCluster, gridDim.x / kCluster, warp / 4);
   Ring ring(barriers, L::kStages);
 
   if (warp >= L::kWarpgroups * 4) {
@@ -98,10 +98,12 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
     };
     const auto copy_scale = [&](const Tile& tile, int group, const Ring& ring) {
       ArriveExpecting(ring.full(), L::kXBytes);
-      LoadTensor(stages + ring.stage() * L::kStageBytes, &p.scale, tile.feature + group * kGroup,
+      LoadTensor(stages + ring.stage() * L::kStageBytes, &p.scale, tile.FeatureOf(group),
                  tile.token + rank * L::kTokens, p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
     };
-    if (warp == L::kWarpgroups * 4) Produce<kParts<T>, kFuses>(p, tiles, ring, lane, L::kWarpgroups, copy, copy_scale);
+    if (const int producer = warp - L::kWarpgroups * 4; producer < kProducers) {
+      Produce<kParts<T>, kFuses>(p, tiles, ring, lane, producer, L::kWarpgroups, copy, copy_scale);
+    }
     __syncwarp();
   } else {
     GrowRegisters<ConsumerRegisters(L::kWarpgroups)>();
@@ -203,7 +205,7 @@ cudaError_t LaunchLarge(const MatmulParams& params, int sms, cudaStream_t stream
   if (error != cudaSuccess) return error;
   return WithFusing<T>(p.epilogue, [&](auto fuses) {
     constexpr auto kKernel = MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster, decltype(fuses)::value>;
-    return LaunchPersistent<kKernel, kCluster, false>(p, sms, L::kThreads, L::kSharedBytes, stream);
+    return LaunchPersistent<kKernel, kCluster>(p, sms, L::kThreads, L::kSharedBytes, stream);
   });
 }
 

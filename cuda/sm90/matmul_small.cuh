@@ -1,6 +1,6 @@
 // y = x W for blocks of 8, 16 and 32 on Hopper.
 //
-// A CTA computes a tile of tokens x features. One warp copies, for each step of the tile's list, a chunk of x (tokens x
+// A CTA computes a tile of tokens x features. Two warps copy, for each step of the tile's list, a chunk of x (tokens x
 // 64 depths) and all blocks of W that meet it, which packing has put next to each other, into a ring of stages. The
 // roles are swapped: 64 features, a warpgroup's share, are the instruction's M, tokens its N. The warpgroup gathers the
 // 64 x 16 piece of W^T that a product takes as A from the blocks that are there, into registers; what is absent is read
@@ -31,6 +31,7 @@ struct SmallTile {
   static constexpr int kPartBytes = kTokens * kRowBytes;
   static constexpr int kXBytes = kParts<T> * kPartBytes;
   static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups, true>::kSharedBytes;
+  static constexpr int kWordBytes = kWarpgroups * 128 * 8;  // of masks, for each thread that multiplies two
   static constexpr int kFullCapacity = kFeatures * kChunk / (kBlock * kBlock);
   static constexpr int kMinCapacity = kSliceFeatures * kChunk / (kBlock * kBlock);  // what a word can name
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32);
@@ -143,6 +144,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
   const std::uint32_t stages = Opaque((SharedAddress(shared) + kAlignment - 1) & ~(kAlignment - 1));
   const std::uint32_t barriers = Opaque(SharedAddress(barrier_storage));
   const std::uint32_t output = stages + p.stages * stage_bytes;
+  const std::uint32_t words = output + S::kOutputBytes + threadIdx.x * 8;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
   const int lane = static_cast<int>(Opaque(threadIdx.x % 32));
 
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
   if (threadIdx.x == 0) Ring::Init(barriers, p.stages, 1, S::kWarpgroups * 128);
   __syncthreads();
 
-  const TileList<S::kTokens, S::kFeatures> tiles(p, blockIdx.x, gridDim.x);
+  const TileList<S::kTokens> tiles(p, blockIdx.x, gridDim.x, warp / 4);
   Ring ring(barriers, p.stages);
 
   if (warp >= S::kWarpgroups * 4) {
@@ -178,12 +180,11 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
     };
     const auto copy_scale = [&](const Tile& tile, int group, const Ring& ring) {
       ArriveExpecting(ring.full(), S::kXBytes);
-      LoadTensor(stages + ring.stage() * stage_bytes, &p.scale, tile.feature + group * kGroup, tile.token,
+      LoadTensor(stages + ring.stage() * stage_bytes, &p.scale, tile.FeatureOf(group), tile.token,
                  p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
     };
-    if (warp == S::kWarpgroups * 4) {
-      WaitForPrerequisites();  // they pack W
-      Produce<1, kFuses>(p, tiles, ring, lane, S::kWarpgroups, copy, copy_scale);
+    if (const int producer = warp - S::kWarpgroups * 4; producer < kProducers) {
+      Produce<1, kFuses>(p, tiles, ring, lane, producer, S::kWarpgroups, copy, copy_scale);
     }
     __syncwarp();
   } else {
@@ -191,25 +192,22 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
     const int group = warp / 4;
     const std::uint32_t lane_blocks = S::kXBytes + Word::OffsetOfLane(warp % 4, lane);
 
-    // The plan's words of 32 steps, one in each lane. They are looked at only when they are needed, so that nothing
-    // waits for them before.
-    struct Masks {
-      std::uint32_t own, common;
-    };
+    // Asks for the plan's words of 32 steps, the warp's own ones and those of the group, one step in each lane. They
+    // wait in shared memory until they are needed: registers are scarce.
     const auto load = [&](const Tile& tile, int first) {
       const int i = first + lane;
-      if (i >= tile.steps) return Masks{0, 0};
-      const std::int32_t* list = p.masks + tile.batch * p.plan_batch_stride + tile.first_step + i;
+      const bool is_there = i < tile.steps;
+      const std::int32_t* list = p.masks + tile.batch * p.plan_batch_stride + (is_there ? tile.first_step + i : 0);
       const std::int64_t group_slice = group * (kGroup / S::kSliceFeatures);
       const std::int64_t slice = group_slice + warp % 4 * 16 / S::kSliceFeatures;
-      return Masks{static_cast<std::uint32_t>(__ldg(list + slice * p.max_steps)),
-                   static_cast<std::uint32_t>(__ldg(list + group_slice * p.max_steps))};
+      LoadWord(words, list + slice * p.max_steps, is_there);
+      LoadWord(words + 4, list + group_slice * p.max_steps, is_there);
     };
 
     const auto release = [](std::uint32_t barrier) { Arrive(barrier); };
     OutputWriter<T, S::kTokens, S::kWarpgroups, kFuses> writer(p, output, group);
     Tile tile = tiles.Load(0);
-    Masks next = load(tile, 0);
+    load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
       const Tile following = tiles.Load(round);
       float sum[S::kTokens / 2] = {};
@@ -228,9 +226,11 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
       const auto find = [&] {
         for (; i < tile.steps; ++i) {
           if (i % 32 == 0) {
-            window = Word::Make(next.own, next.common, p.capacity);
-            occupied = __ballot_sync(kAllLanes, next.common >> kDepthsShift & 15);
-            next = i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
+            WaitForWords();
+            const uint2 next = LoadShared8(words);
+            window = Word::Make(next.x, next.y, p.capacity);
+            occupied = __ballot_sync(kAllLanes, next.y >> kDepthsShift & 15);
+            i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
           }
           if (!ring.IsFull()) {
             finish();  // a stage is not held while waiting for copies
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
         }
       };
 
-      if (tile.steps == 0) next = load(following, 0);
+      if (tile.steps == 0) load(following, 0);
       float2 biases;
       if constexpr (S::kGathersAhead) {
         Fragments even = {}, odd = {};
@@ -324,11 +324,11 @@ cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream
   const int stage_bytes = S::StageBytes(params.capacity);
   p.packed = params.data;
   p.capacity = params.capacity;
-  p.stages = StagesThatFit(stage_bytes, S::kOutputBytes);
-  const int shared_bytes = kAlignment + p.stages * stage_bytes + S::kOutputBytes;
+  p.stages = StagesThatFit(stage_bytes, S::kOutputBytes + S::kWordBytes);
+  const int shared_bytes = kAlignment + p.stages * stage_bytes + S::kOutputBytes + S::kWordBytes;
   return WithFusing<T>(p.epilogue, [&](auto fuses) {
     constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, decltype(fuses)::value>;
-    return LaunchPersistent<kKernel, 1, true>(p, sms, S::kThreads, shared_bytes, stream);
+    return LaunchPersistent<kKernel, 1>(p, sms, S::kThreads, shared_bytes, stream);
   });
 }
 

@@ -83,7 +83,7 @@ class OutputWriter {
   __device__ bool IsStorer() const { return threadIdx.x % 128 == 0; }
   // Of the lane's two features the first; the other one is 8 further.
   __device__ int FeatureOf(const Tile& tile) const {
-    return tile.feature + static_cast<int>(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4);
+    return tile.feature + static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
   }
   // Where a lane's row of the matrices lies that are its warp's 16 features x 16 tokens, from `token` on.
   __device__ std::uint32_t MatrixRow(int token) const {
@@ -225,7 +225,7 @@ class OutputWriter {
   }
 
   __device__ void Store(const CUtensorMap* to, const Tile& tile, int token, int room) const {
-    StoreTensor(to, tile.feature + warpgroup_ * kGroup, token, tile.batch, rooms_ + room * kPieceBytes);
+    StoreTensor(to, tile.feature, token, tile.batch, rooms_ + room * kPieceBytes);
     CommitStores();
   }
 
@@ -245,9 +245,8 @@ class OutputWriter {
       FenceForCopies();
       SyncWarpgroup(warpgroup_ + 1);
       if (IsStorer()) {
-        const int feature = tile.feature + warpgroup_ * kGroup;
-        StoreTensor(&p_.y, feature, token + first, tile.batch, rooms_);
-        StoreTensor(&p_.y, feature + 32, token + first, tile.batch, rooms_ + kPieceBytes);
+        StoreTensor(&p_.y, tile.feature, token + first, tile.batch, rooms_);
+        StoreTensor(&p_.y, tile.feature + 32, token + first, tile.batch, rooms_ + kPieceBytes);
         CommitStores();
       }
     }

@@ -28,8 +28,6 @@ __global__ void __launch_bounds__(kWarps * 32) PackKernel(const PackParams p) {
   static_assert(kBlock == 8 || kBlock == 16 || kBlock == 32, "a warp takes whole blocks, a row is at least 16 bytes");
   __shared__ __align__(128) unsigned char shared[kWarps][kWarpBytes];
 
-  LaunchDependents();
-
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const std::int64_t groups = CeilDiv(p.nnz, kBlocks);  // of blocks, in each batch element
   const std::int64_t group = blockIdx.x * static_cast<std::int64_t>(kWarps) + warp;

@@ -54,8 +54,6 @@ template <int kBlock, bool kTranspose>
 __global__ void __launch_bounds__(kThreads) PackKernel(const PackParams p) {
   constexpr int kArea = kBlock * kBlock, kFoursOfBlock = kArea / 4;
   static_assert(kBlock == 8 || kFoursOfBlock % 32 == 0, "a warp's fours are of one block");
-  LaunchDependents();
-
   const std::int64_t fours = std::int64_t{p.nnz} * kFoursOfBlock;  // of each batch element
   const std::int64_t ctas = CeilDiv(fours, kThreads * kFours);
   const std::int64_t batch = blockIdx.x / ctas, first = (blockIdx.x - batch * ctas) * kThreads * kFours + threadIdx.x;

@@ -87,14 +87,6 @@ __device__ __forceinline__ void GrowRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Kernels of one stream that overlap ----
-
-// Lets the next kernel begin as soon as all CTAs have said so or are over.
-__device__ __forceinline__ void LaunchDependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// Waits until the kernel before is over and what it wrote can be read.
-__device__ __forceinline__ void WaitForPrerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // ---- Tensor copies. Coordinates count elements, innermost first; what lies outside the tensor arrives as zero. ----
 
 __device__ __forceinline__ void LoadTensor(std::uint32_t to, const CUtensorMap* from, int c0, int c1, int c2,
@@ -113,6 +105,14 @@ __device__ __forceinline__ void LoadBytes(std::uint32_t to, const void* from, st
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
+
+// Four bytes by the calling thread, on its own account; zeros if the condition does not hold.
+__device__ __forceinline__ void LoadWord(std::uint32_t to, const void* from, bool condition) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(condition ? 4 : 0) : "memory");
+}
+
+// Waits for all of the thread's words.
+__device__ __forceinline__ void WaitForWords() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // LoadTensor into every CTA of the cluster that `ctas` has a bit for, at the same address, signalling each one's
 // barrier.
@@ -146,6 +146,12 @@ __device__ __forceinline__ void FenceForCopies() { asm volatile("fence.proxy.asy
 
 __device__ __forceinline__ void StoreShared4(std::uint32_t to, std::uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint2 LoadShared8(std::uint32_t from) {
+  uint2 values;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(values.x), "=r"(values.y) : "r"(from) : "memory");
+  return values;
 }
 
 // Zero if the condition does not hold; then nothing is read.

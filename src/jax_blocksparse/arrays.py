@@ -1,9 +1,13 @@
 """What plans need of arrays and NumPy and jax.numpy do differently. `xp` is one of the two."""
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import jax
 import numpy as np
+
+_State = TypeVar("_State")
 
 
 def order_by(xp: ModuleType, major: jax.Array, minor: jax.Array, minors: int) -> jax.Array:
@@ -45,3 +49,12 @@ def last_flagged(xp: ModuleType, flags: jax.Array) -> jax.Array:
 def changes(xp: ModuleType, values: jax.Array) -> jax.Array:
     """Where a value differs from the one before; true at the front."""
     return xp.concatenate([xp.ones(min(1, values.shape[0]), bool), values[1:] != values[:-1]])
+
+
+def repeat(xp: ModuleType, times: int, step: Callable[[_State], _State], state: _State) -> _State:
+    """Applies a function that many times."""
+    if xp is not np:
+        return jax.lax.fori_loop(0, times, lambda _, state: step(state), state)
+    for _ in range(times):
+        state = step(state)
+    return state

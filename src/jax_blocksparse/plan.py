@@ -1,9 +1,9 @@
 """Plans: the lists that tell the Hopper kernels of y = x W what to copy and what to multiply, step by step.
 
-Output features are cut into tiles, input features into chunks of 64. A step is a chunk in which a tile has blocks, with
-as many of them as a stage of shared memory holds; a tile's steps follow each other. Everything is static in size, so
-that a plan can be made by NumPy on the host or by jax.numpy under jit. For x W^T, make the plan of the transposed
-pattern.
+Output features are cut into groups of 64, input features into chunks of 64. A tile is two or four groups that meet much
+the same chunks. A step is a chunk in which a tile has blocks, with as many of them as a stage of shared memory holds; a
+tile's steps follow each other. Everything is static in size, so that a plan can be made by NumPy on the host or by
+jax.numpy under jit. For x W^T, make the plan of the transposed pattern.
 """
 
 import dataclasses
@@ -19,13 +19,16 @@ import numpy as np
 
 from jax_blocksparse.arrays import count_at, order_by, sum_at
 from jax_blocksparse.geometry import block_grid, is_live
+from jax_blocksparse.grouping import Arrangement, arrange
 
 CHUNK = 64
 """Input features in a step."""
 
-_GROUP = 64  # output features of one product of the tensor cores
+GROUP = 64
+"""Output features in a group: those of one product of the tensor cores."""
+
 _DEPTH = 16  # input features of one product
-_LARGE_TILE = 128  # output features of a tile of large blocks
+_LARGE_TILE = 128  # output features of a tile of large blocks, so that those of a block of 128 are together
 _ALIGNMENT = 4  # integers: the kernels read four at a time
 
 
@@ -66,6 +69,11 @@ class PlanLayout:
         return -(-self.out_features // self.tile_features)
 
     @property
+    def groups(self) -> int:
+        """Groups of a tile."""
+        return self.tile_features // GROUP
+
+    @property
     def chunks(self) -> int:
         """Chunks of input features."""
         return -(-self.in_features // CHUNK)
@@ -102,10 +110,11 @@ class Plan(NamedTuple):
     """The lists, all int32.
 
     Attributes:
-      tiles: (tiles, 4). Per tile, those with most work first: which tile it is, its first step, how many it has, 0.
+      tiles: (tiles, 4). Per tile, those with most work first: its first two groups, 16 bits each, its first step, how
+        many it has, the other two groups.
       steps: (max_steps, 4). Blocks of 8 to 32: chunk, position in `order` of the first block, number of blocks, 0.
-        Blocks of 64 and 128: chunk, id of the block that meets the tile's first 64 features, id for the other 64
-        (negative where there is none), 0.
+        Blocks of 64 and 128: chunk, id of the block that meets the tile's first group, id for the other one (negative
+        where there is none), 0.
       masks: (slices, max_steps), see `_masks`; none for blocks of 64 and 128.
       order: (nnz,) block ids in the order in which the kernel wants their values, inert ones last; (0,) for blocks of
         64 and 128, which it takes in any order.
@@ -189,8 +198,8 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: ModuleTy
       >>> import numpy as np
       >>> layout = PlanLayout(128, 256, block_size=32, nnz=3, tile_features=256, capacity=16)
       >>> plan = make_plan(np.array([3, 0, 2]), np.array([1, 7, 0]), layout, np)
-      >>> plan.order.tolist(), plan.tiles.tolist(), plan.steps.tolist()
-      ([1, 2, 0], [[0, 0, 2, 0]], [[0, 0, 1, 0], [1, 1, 2, 0]])
+      >>> plan.order.tolist(), plan.steps.tolist()
+      ([1, 2, 0], [[0, 0, 1, 0], [1, 1, 2, 0]])
     """
     live = is_live(rows, cols, layout.grid)
     make = _make_packed if layout.packs else _make_by_id
@@ -204,8 +213,10 @@ def _make_packed(
     b, tile_features, slices, size = layout.block_size, layout.tile_features, layout.slices, layout.max_steps
     in_slice = layout.slice_features // b  # block columns of a slice
     cells = layout.tiles * layout.chunks
-    cell = xp.where(live, cols * b // tile_features * layout.chunks + rows * b // CHUNK, cells)
-    slice_ = cols * b % tile_features // layout.slice_features
+    group, chunk = xp.where(live, cols * b // GROUP, 0), rows * b // CHUNK
+    arranged = arrange(xp, group, chunk, live, (layout.tiles, layout.groups, layout.chunks))
+    cell = xp.where(live, arranged.tile[group] * layout.chunks + chunk, cells)
+    slice_ = arranged.place[group] * (GROUP // layout.slice_features) + cols * b % GROUP // layout.slice_features
     bit = rows % (CHUNK // b) * in_slice + cols % in_slice
 
     order = order_by(xp, cell, slice_ * 16 + bit, slices * 16)
@@ -229,7 +240,7 @@ def _make_packed(
     # The bytes to copy, with x as a tile of 2^15 sums has it.
     work = xp.where(blocks > 0, 2**15 // tile_features * CHUNK, 0) + blocks * b**2
     tile = sum_at(xp, opened, cell // layout.chunks, size)
-    tiles = _sort_tiles(xp, xp.where(blocks > 0, tile, layout.tiles), work, layout)
+    tiles = _sort_tiles(xp, xp.where(blocks > 0, tile, layout.tiles), work, arranged, layout)
     return tiles, steps, _masks(xp, present, counts, layout).T, order
 
 
@@ -243,7 +254,7 @@ def _masks(xp: ModuleType, present: jax.Array, counts: jax.Array, layout: PlanLa
     b = layout.block_size
     in_slice = layout.slice_features // b
     bits = max(1, _DEPTH // b) * in_slice  # that 16 input features take in a word
-    in_group = _GROUP // layout.slice_features
+    in_group = GROUP // layout.slice_features
     anywhere = functools.reduce(operator.or_, (present[:, i::in_group] for i in range(in_group)))
     groups = xp.zeros_like(anywhere)
     for depth in range(CHUNK // _DEPTH):
@@ -260,10 +271,12 @@ def _make_by_id(
     part = xp.arange(pieces)
     chunk = rows[:, None, None] * pieces + part[:, None]
     group = cols[:, None, None] * pieces + part
-    per_tile = _LARGE_TILE // _GROUP
-    cells, size = layout.tiles * layout.chunks, layout.max_steps
-    place = (group // per_tile * layout.chunks + chunk) * per_tile + group % per_tile
-    place = xp.where(live[:, None, None] & (chunk < layout.chunks), place, cells * per_tile)
+    per_tile, cells, size = layout.groups, layout.tiles * layout.chunks, layout.max_steps
+    live = live[:, None, None] & (chunk < layout.chunks)
+    group = xp.where(live, group, 0)
+    arranged = arrange(xp, group, chunk, live, (layout.tiles, per_tile, layout.chunks), stays=pieces > 1)
+    tile, place = arranged.tile[group], arranged.place[group]
+    place = xp.where(live, (tile * layout.chunks + chunk) * per_tile + place, cells * per_tile)
     ids = xp.broadcast_to(xp.arange(layout.nnz)[:, None, None] + 1, place.shape)
     ids = sum_at(xp, place.ravel(), ids.ravel(), cells * per_tile).reshape(cells, per_tile) - 1
 
@@ -272,13 +285,16 @@ def _make_by_id(
     ids, present = ids[cell], present[cell]
     steps = xp.stack([cell % layout.chunks, ids[:, 0], ids[:, 1], xp.zeros_like(cell)], -1)
     work = xp.where(present > 0, 4 + present, 0)  # a piece of x is four times as large as one of W
-    tiles = _sort_tiles(xp, xp.where(present > 0, cell // layout.chunks, layout.tiles), work, layout)
+    tiles = _sort_tiles(xp, xp.where(present > 0, cell // layout.chunks, layout.tiles), work, arranged, layout)
     return tiles, steps, xp.zeros(0, np.int32), xp.zeros(0, np.int32)
 
 
-def _sort_tiles(xp: ModuleType, tile: jax.Array, work: jax.Array, layout: PlanLayout) -> jax.Array:
-    """Makes the list of tiles of the tile and the work of each step."""
+def _sort_tiles(
+    xp: ModuleType, tile: jax.Array, work: jax.Array, arranged: Arrangement, layout: PlanLayout
+) -> jax.Array:
+    """Makes the list of tiles of the tile and the work of each step, and of the groups of the tiles."""
     steps = count_at(xp, tile, layout.tiles)
     first = xp.cumsum(steps) - steps
     by_work = xp.argsort(-sum_at(xp, tile, work, layout.tiles), stable=True)
-    return xp.stack([by_work, first[by_work], steps[by_work], xp.zeros_like(by_work)], -1)
+    words = arranged.words(xp)[by_work]
+    return xp.stack([words[:, 0], first[by_work], steps[by_work], words[:, 1]], -1)
