@@ -19,10 +19,12 @@ __device__ __forceinline__ void FromFloat(float value, float* to) { *to = value;
 __device__ __forceinline__ void FromFloat(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void FromFloat(float value, __half* to) { *to = __float2half_rn(value); }
 
-template <typename T>
-struct alignas(kQuad * sizeof(T)) Quad {
-  T value[kQuad];
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Group {
+  T value[kCount];
 };
+template <typename T>
+using Quad = Group<T, kQuad>;
 
 template <typename T>
 __device__ __forceinline__ bool IsQuadAligned(const T* pointer, std::int64_t pitch) {
@@ -44,17 +46,17 @@ __device__ __forceinline__ Quad<float> LoadQuad(const T* from, std::int64_t vali
   return result;
 }
 
-// Writes those of four results that exist.
-template <typename U>
-__device__ __forceinline__ void StoreQuad(U* to, const float (&from)[kQuad], std::int64_t valid, bool aligned) {
-  if (aligned && valid >= kQuad) {
-    Quad<U> quad;
+// Writes those of a group of results that exist; `aligned` is about a group of four.
+template <typename U, int kCount>
+__device__ __forceinline__ void StoreGroup(U* to, const float (&from)[kCount], std::int64_t valid, bool aligned) {
+  if (aligned && valid >= kCount) {
+    Group<U, kCount> group;
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) FromFloat(from[i], &quad.value[i]);
-    *reinterpret_cast<Quad<U>*>(to) = quad;
+    for (int i = 0; i < kCount; ++i) FromFloat(from[i], &group.value[i]);
+    *reinterpret_cast<Group<U, kCount>*>(to) = group;
   } else {
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       if (i < valid) FromFloat(from[i], to + i);
     }
   }
@@ -72,12 +74,10 @@ __device__ __forceinline__ int TilePlace(int index, int threads, int i) {
 template <int kPerThread>
 __device__ __forceinline__ void ReadTileRow(float (&out)[kPerThread], const float* row, int index, int threads) {
   constexpr int kGroup = kPerThread < kQuad ? kPerThread : kQuad;
-  struct alignas(kGroup * sizeof(float)) Group {
-    float value[kGroup];
-  };
 #pragma unroll
   for (int i = 0; i < kPerThread; i += kGroup) {
-    const Group group = *reinterpret_cast<const Group*>(row + TilePlace<kPerThread>(index, threads, i));
+    const auto group =
+        *reinterpret_cast<const Group<float, kGroup>*>(row + TilePlace<kPerThread>(index, threads, i));
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) out[i + j] = group.value[j];
   }
