@@ -76,8 +76,7 @@ __device__ __forceinline__ void ReadTileRow(float (&out)[kPerThread], const floa
   constexpr int kGroup = kPerThread < kQuad ? kPerThread : kQuad;
 #pragma unroll
   for (int i = 0; i < kPerThread; i += kGroup) {
-    const auto group =
-        *reinterpret_cast<const Group<float, kGroup>*>(row + TilePlace<kPerThread>(index, threads, i));
+    const auto group = *reinterpret_cast<const Group<float, kGroup>*>(row + TilePlace<kPerThread>(index, threads, i));
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) out[i + j] = group.value[j];
   }

@@ -41,7 +41,7 @@ def damaged(w):
     return dataclasses.replace(w, pattern=dataclasses.replace(w.pattern, **leaves))
 
 
-def products(dtype, block_size, tokens, shape, *, density=0.4, damage=False):
+def products(dtype, block_size, tokens, shape, *, density=0.4, damage=False, precision=None):
     """Compares y, dx and dW with NumPy, or only computes them if the index arrays are damaged."""
     w = cases.random_w(shape, block_size, density=density, dtype=dtype)
     if damage:
@@ -50,9 +50,8 @@ def products(dtype, block_size, tokens, shape, *, density=0.4, damage=False):
 
     @jax.jit
     def run(x, dy, w):
-        y = jbs.matmul(x, w, implementation="native")
-        dx = jbs.matmul(dy, w.T, implementation="native")
-        return y, dx, jbs.sddmm(x, dy, w.pattern, implementation="native")
+        options = {"precision": precision, "implementation": "native"}
+        return jbs.matmul(x, w, **options), jbs.matmul(dy, w.T, **options), jbs.sddmm(x, dy, w.pattern, **options)
 
     results = jax.block_until_ready(run(x, dy, w))
     if damage:
@@ -115,6 +114,8 @@ def checks():
         yield functools.partial(products, "bfloat16", b, tokens, SHAPE, damage=True)
     for b in jbs.BLOCK_SIZES:
         yield functools.partial(products, "float32", b, 300, SHAPE, damage=True)
+    for b, tokens, damage in itertools.product(jbs.BLOCK_SIZES, (33, 300), (False, True)):
+        yield functools.partial(products, "float32", b, tokens, SHAPE, damage=damage, precision="highest")
     for dtype, (b, shape), damage in itertools.product(("bfloat16", "float32"), PAIRED, (False, True)):
         yield functools.partial(products, dtype, b, 300, shape, density=0.5, damage=damage)
     layers = [

@@ -98,6 +98,19 @@ def test_float32_is_as_precise_as_asked_for(case, precision, transposed, device)
     check(x, w, implementation="native", precision=precision, tf32=tf32)
 
 
+# GPUs multiply these by plain FMA: true float32, and blocks of 8 in sizes that tensor copies do not accept.
+PLAIN_FMA = [*(("float32", case) for case in cases.BLOCKS), *((d, cases.BLOCKS[0]) for d in ("bfloat16", "float16"))]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
+@pytest.mark.parametrize("rows", [63, 65, 256, 257, 600])
+@pytest.mark.parametrize(("dtype", "case"), PLAIN_FMA, ids=str)
+def test_rows_around_the_tiles_of_plain_fma(dtype, case, rows, transposed, device):
+    case = dataclasses.replace(case, leading=(rows,))
+    x, w = (case.dy(dtype), case.w(dtype).T) if transposed else (case.x(dtype), case.w(dtype))
+    check(x, w, implementation="native")
+
+
 @pytest.mark.parametrize("configured", ["float32", "F32_F32_F32", "highest"])
 def test_default_precision_can_be_configured(configured, device):
     case = cases.TILES[2]
