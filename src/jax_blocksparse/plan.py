@@ -126,6 +126,10 @@ class Plan(NamedTuple):
     order: jax.Array
 
 
+_THIRD_STAGE = 6
+"""Blocks of 32 to a step that leave room for a third stage of float32; worth a seventh at density .25."""
+
+
 def full_capacity(block_size: int, tile_features: int) -> int:
     """The number of blocks in which a tile meets a chunk."""
     return tile_features * CHUNK // block_size**2
@@ -136,7 +140,10 @@ def choose_capacity(block_size: int, tile_features: int, density: float) -> int:
     full = full_capacity(block_size, tile_features)
     density = min(1.0, density)  # inert and repeated blocks can make it more
     expected = full * density
-    likely = math.ceil(expected + 2.5 * math.sqrt(expected * (1 - density)))
+    deviation = math.sqrt(expected * (1 - density))
+    likely = math.ceil(expected + 2.5 * deviation)
+    if block_size == 32 and expected + deviation <= _THIRD_STAGE:
+        likely = min(likely, _THIRD_STAGE)
     least = full_capacity(block_size, max(16, block_size))  # the kernels want room for what one mask names
     return min(full, max(least, likely))
 
