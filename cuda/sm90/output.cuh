@@ -102,46 +102,54 @@ class OutputWriter {
     }
   }
 
-  // The sums are copied, because registers cannot be indexed by a loop that is not unrolled; unrolled it would outgrow
-  // the instruction cache. There is a loop for each activation: a switch inside costs up to 45 us in 750.
+  // A loop that is not unrolled cannot index registers, only choose from them, which costs an instruction for each sum
+  // and each turn. Unrolled, costly activations would outgrow the instruction cache, and four warpgroups have no
+  // registers for it. There is a loop for each activation: a switch inside costs up to 45 us in 750.
   template <Activation kActivation>
   __device__ void FinishAndWrite(const float (&sum)[kTokens / 2], float2 biases, const Tile& tile, int token,
                                  std::uint32_t scale) {
     constexpr int kPart = kWarpgroups > 2 ? kPieceTokens / 2 : kPieceTokens;  // tokens; more want more registers
+    constexpr bool kIsCheap = kActivation == Activation::kNone || kActivation == Activation::kRelu;
+    constexpr int kTurnTokens = kIsCheap && kWarpgroups <= 2 ? kTokens : kSumTokens;
     const Epilogue& epilogue = p_.epilogue;
     const bool has_slope = epilogue.slope != nullptr;
     float2 column_sums = {0.f, 0.f};
     int room = 0;
 #pragma unroll 1
-    for (int first = 0; first < kTokens; first += kPieceTokens) {
-      if (kRooms == 2 && has_slope) {
-        if (IsStorer()) WaitForStoreReads<0>();
-        SyncWarpgroup(warpgroup_ + 1);
-      }
+    for (int turn = 0; turn < kTokens / kTurnTokens; ++turn) {
 #pragma unroll
-      for (int part = 0; part < kPieceTokens; part += kPart) {
-        float values[kPart / 2];
-        std::uint32_t packed[kPart / 4], slopes[kPart / 4];
-#pragma unroll
-        for (int i = 0; i < kTokens; i += kPieceTokens) {
-          if (i != first) continue;
-#pragma unroll
-          for (int j = 0; j < kPart / 2; ++j) values[j] = Opaque(sum[(i + part) / 2 + j]);
+      for (int inside = 0; inside < kTurnTokens; inside += kPieceTokens) {
+        const int first = turn * kTurnTokens + inside;
+        if (kRooms == 2 && has_slope) {
+          if (IsStorer()) WaitForStoreReads<0>();
+          SyncWarpgroup(warpgroup_ + 1);
         }
-        Apply<kActivation>(values, slopes, biases);
-        if (epilogue.scale != nullptr) Scale(values, scale, first + part);
-        if (epilogue.column_sums != nullptr) AddTo(column_sums, values);
-        PackAll(values, packed);
-        Stage(packed, room, part);
-        if (has_slope) Stage(slopes, room + 1, part);
-      }
-      CompleteStaged<0>();
-      if (IsStorer()) Store(&p_.y, tile, token + first, room);
-      if (has_slope && IsStorer()) Store(&p_.slope, tile, token + first, room + 1);
-      room = (room + 1 + has_slope) % kRooms;
-      if (epilogue.column_sums != nullptr && (first + kPieceTokens) % kSumTokens == 0) {
-        StoreColumnSums(column_sums, tile, token + first + kPieceTokens - kSumTokens);
-        column_sums = {0.f, 0.f};
+#pragma unroll
+        for (int part = 0; part < kPieceTokens; part += kPart) {
+          float values[kPart / 2];
+          std::uint32_t packed[kPart / 4], slopes[kPart / 4];
+#pragma unroll
+          for (int i = 0; i < kTokens / kTurnTokens; ++i) {
+            if (i != turn) continue;
+            const float* from = sum + (i * kTurnTokens + inside + part) / 2;
+#pragma unroll
+            for (int j = 0; j < kPart / 2; ++j) values[j] = Opaque(from[j]);
+          }
+          Apply<kActivation>(values, slopes, biases);
+          if (epilogue.scale != nullptr) Scale(values, scale, first + part);
+          if (epilogue.column_sums != nullptr) AddTo(column_sums, values);
+          PackAll(values, packed);
+          Stage(packed, room, part);
+          if (has_slope) Stage(slopes, room + 1, part);
+        }
+        CompleteStaged<0>();
+        if (IsStorer()) Store(&p_.y, tile, token + first, room);
+        if (has_slope && IsStorer()) Store(&p_.slope, tile, token + first, room + 1);
+        room = (room + 1 + has_slope) % kRooms;
+        if (epilogue.column_sums != nullptr && (inside + kPieceTokens) % kSumTokens == 0) {
+          StoreColumnSums(column_sums, tile, token + first + kPieceTokens - kSumTokens);
+          column_sums = {0.f, 0.f};
+        }
       }
     }
   }

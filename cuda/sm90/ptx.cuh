@@ -125,10 +125,15 @@ __device__ __forceinline__ void LoadTensorMulticast(std::uint32_t to, const CUte
       : "memory");
 }
 
+// What is stored is the first to leave L2 if something else needs the room.
 __device__ __forceinline__ void StoreTensor(const CUtensorMap* to, int c0, int c1, int c2, std::uint32_t from) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(to),
-               "r"(c0), "r"(c1), "r"(c2), "r"(from)
-               : "memory");
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3}], [%4], %5;" ::"l"(
+          to),
+      "r"(c0), "r"(c1), "r"(c2), "r"(from), "l"(policy)
+      : "memory");
 }
 
 __device__ __forceinline__ void CommitStores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
