@@ -31,7 +31,8 @@ TileSize ChooseTileSize(std::int64_t large_ctas, int sm_count) {
   return large_ctas < sm_count ? TileSize::kSmall : TileSize::kLarge;
 }
 
-sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan, const Epilogue& epilogue) {
+sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan, const Epilogue& epilogue,
+                                const Device& device) {
   const bool packs = plan.workspace != nullptr;
   sm90::MatmulParams to;
   to.x = p.x;
@@ -52,6 +53,7 @@ sm90::MatmulParams HopperParams(const MatmulParams& p, const MatmulPlan& plan, c
   to.tile_features = plan.tile_features;
   to.max_steps = static_cast<std::int32_t>(plan.layout.max_steps);
   to.capacity = plan.capacity;
+  to.sms = device.sm_count;
   to.type = p.type;
   // Packing makes one of the other: of small blocks what suits both, of float ones the transposed.
   to.transpose = packs ? p.type == ElementType::kF32 : p.transpose;
@@ -145,7 +147,7 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const
   if (is_small_batch && CanLaunchMatmulSkinny(params)) return launch_skinny();
   if (!is_small_batch && device.major == 9 && plan.plan != nullptr) {
     const bool fuses = !params.f32_output;
-    const sm90::MatmulParams product = HopperParams(params, plan, fuses ? epilogue : Epilogue{});
+    const sm90::MatmulParams product = HopperParams(params, plan, fuses ? epilogue : Epilogue{}, device);
     if (sm90::CanLaunchMatmul(product)) {
       *is_finished |= fuses;
       if (plan.workspace != nullptr) {

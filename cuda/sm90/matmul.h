@@ -46,6 +46,7 @@ struct MatmulParams {
   std::int32_t tile_features;  // TileFeatures(block)
   std::int32_t max_steps;      // of all tiles together
   std::int32_t capacity;       // blocks of 8 to 32: the most blocks a step has
+  std::int32_t sms;            // of the device
   ElementType type;            // of x and data: kBF16, kF16, or kF32, which is multiplied as TF32
   bool transpose;              // blocks of 64 and 128: multiply with their transposes
   bool f32_output;             // y is float, else it has the element type

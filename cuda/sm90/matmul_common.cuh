@@ -44,10 +44,10 @@ struct KernelParams {
   const std::int32_t* steps;
   const std::int32_t* masks;
   std::int64_t plan_batch_stride;
-  int batch, token_tiles, feature_tiles;
-  int band;      // feature tiles
-  int stratum;   // feature tiles; 0 if rounds and rows do not fit, see TileList
-  int rotation;  // feature tiles
+  unsigned batch, token_tiles, feature_tiles;
+  unsigned band;      // feature tiles
+  unsigned stratum;   // feature tiles; 0 if rounds and rows do not fit, see TileList
+  unsigned rotation;  // feature tiles
   int tokens, in_features, out_features;
   int nnz;
   int max_steps;
@@ -89,20 +89,19 @@ __device__ __forceinline__ const int4* StepOf(const KernelParams& p, const Tile&
 template <int kTokens>
 class TileList {
  public:
-  __device__ TileList(const KernelParams& p, int worker, int workers, int group)
+  __device__ TileList(const KernelParams& p, unsigned worker, unsigned workers, int group)
       : p_(p), worker_(worker), workers_(workers), group_(group) {}
 
   __device__ Tile Load(int round) const {
-    const std::int64_t per_batch = static_cast<std::int64_t>(p_.token_tiles) * p_.feature_tiles;
+    const unsigned per_batch = p_.token_tiles * p_.feature_tiles;
     const bool backwards = p_.stratum == 0 && round % 2 != 0;
-    const std::int64_t index =
-        static_cast<std::int64_t>(round) * workers_ + (backwards ? workers_ - 1 - worker_ : worker_);
+    const unsigned index = round * workers_ + (backwards ? workers_ - 1 - worker_ : worker_);
     Tile tile{{0, 0}, 0, 0, 0, 0, -1};
     if (index >= per_batch * p_.batch) return tile;
-    tile.batch = static_cast<int>(index / per_batch);
-    int rest = static_cast<int>(index - tile.batch * per_batch);
-    const int first = rest / (p_.band * p_.token_tiles) * p_.band;
-    const int width = min(p_.band, p_.feature_tiles - first);
+    tile.batch = p_.batch == 1 ? 0 : index / per_batch;
+    unsigned rest = index - tile.batch * per_batch;
+    const unsigned first = p_.band == p_.feature_tiles ? 0 : rest / (p_.band * p_.token_tiles) * p_.band;
+    const unsigned width = min(p_.band, p_.feature_tiles - first);
     rest -= first * p_.token_tiles;
     tile.token = rest / width * kTokens;
     const int4* entries = reinterpret_cast<const int4*>(p_.tiles + tile.batch * p_.plan_batch_stride);
@@ -116,16 +115,17 @@ class TileList {
   }
 
  private:
-  __device__ int Rotated(int place, std::int64_t index) const {
-    const std::int64_t turn = index / max(workers_, p_.band);
-    place = (place + static_cast<int>(turn % p_.band) * p_.rotation) % p_.band;
-    const int first = place / p_.stratum * p_.stratum;
+  __device__ unsigned Rotated(unsigned place, unsigned index) const {
+    const unsigned turn = index / max(workers_, p_.band);
+    place = (place + turn % p_.band * p_.rotation) % p_.band;
+    const unsigned first = place / p_.stratum * p_.stratum;
     const bool backwards = place / p_.stratum % 2 != 0 && first + p_.stratum <= p_.band;
     return backwards ? first + p_.stratum - 1 - (place - first) : place;
   }
 
   const KernelParams& p_;
-  int worker_, workers_, group_;
+  unsigned worker_, workers_;
+  int group_;
 };
 
 // Keeps the compiler from computing a value anew at each use.
@@ -229,14 +229,15 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
   to->steps = from.steps;
   to->masks = from.masks;
   to->plan_batch_stride = from.plan_batch_stride;
-  to->batch = static_cast<int>(from.batch);
-  to->token_tiles = static_cast<int>(CeilDiv(from.tokens, tile_tokens));
-  to->feature_tiles = static_cast<int>(CeilDiv(from.out_features, from.tile_features));
+  to->batch = static_cast<unsigned>(from.batch);
+  to->token_tiles = static_cast<unsigned>(CeilDiv(from.tokens, tile_tokens));
+  to->feature_tiles = static_cast<unsigned>(CeilDiv(from.out_features, from.tile_features));
+  if (from.batch * to->token_tiles * to->feature_tiles > INT32_MAX) return cudaErrorInvalidValue;
   constexpr std::int64_t kBandBytes = 20 << 20;  // less than half of L2
   const std::int64_t w_bytes =
       std::max<std::int64_t>(1, std::int64_t{from.nnz} * from.block * from.block * int{sizeof(T)});
   const std::int64_t bands = std::min<std::int64_t>(CeilDiv(w_bytes, kBandBytes), to->feature_tiles);
-  to->band = static_cast<int>(CeilDiv(to->feature_tiles, bands));
+  to->band = static_cast<unsigned>(CeilDiv(to->feature_tiles, bands));
   to->epilogue = from.epilogue;
   to->tokens = static_cast<int>(from.tokens);
   to->in_features = from.in_features;
@@ -258,9 +259,9 @@ inline std::int64_t DivideTiles(KernelParams* p, std::int64_t workers) {
   std::int64_t aligned = workers;
   while (aligned % p->band != 0 && p->band % aligned != 0) --aligned;
   if (p->feature_tiles % p->band != 0 || tiles > rounds * aligned) return workers;
-  p->stratum = static_cast<int>(std::max<std::int64_t>(1, p->band / rounds));
-  const int strata = p->band / p->stratum;
-  int step = std::max(1, strata * 2 / 5);
+  p->stratum = static_cast<unsigned>(std::max<std::int64_t>(1, p->band / rounds));
+  const unsigned strata = p->band / p->stratum;
+  unsigned step = std::max(1u, strata * 2 / 5);
   while (std::gcd(step, strata) != 1) --step;
   p->rotation = step * p->stratum;
   return aligned;

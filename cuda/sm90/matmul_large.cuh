@@ -191,12 +191,12 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
 }
 
 template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster>
-cudaError_t LaunchLarge(const MatmulParams& params, int sms, cudaStream_t stream) {
+cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
   using L = LargeTile<T, kBlock, kTileTokens>;
   KernelParams p;
   cudaError_t error = FillParams<T>(params, L::kTokens, &p);
   if (error != cudaSuccess) return error;
-  p.token_tiles = static_cast<int>(CeilDiv(p.token_tiles, kCluster));
+  p.token_tiles = static_cast<unsigned>(CeilDiv(p.token_tiles, kCluster));
   p.capacity = 0;
   p.stages = L::kStages;
   const std::uint64_t rows = static_cast<std::uint64_t>(params.nnz) * kBlock;
@@ -205,7 +205,7 @@ cudaError_t LaunchLarge(const MatmulParams& params, int sms, cudaStream_t stream
   if (error != cudaSuccess) return error;
   return WithFusing<T>(p.epilogue, [&](auto fuses) {
     constexpr auto kKernel = MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster, decltype(fuses)::value>;
-    return LaunchPersistent<kKernel, kCluster>(p, sms, L::kThreads, L::kSharedBytes, stream);
+    return LaunchPersistent<kKernel, kCluster>(p, params.sms, L::kThreads, L::kSharedBytes, stream);
   });
 }
 

@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
 }
 
 template <typename T, int kBlock, int kTileTokens, int kTileFeatures>
-cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream) {
+cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
   using S = SmallTile<T, kBlock, kTileTokens, kTileFeatures>;
   if (params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) return cudaErrorInvalidValue;
   KernelParams p;
@@ -328,7 +328,7 @@ cudaError_t LaunchSmall(const MatmulParams& params, int sms, cudaStream_t stream
   const int shared_bytes = kAlignment + p.stages * stage_bytes + S::kOutputBytes + S::kWordBytes;
   return WithFusing<T>(p.epilogue, [&](auto fuses) {
     constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, decltype(fuses)::value>;
-    return LaunchPersistent<kKernel, 1>(p, sms, S::kThreads, shared_bytes, stream);
+    return LaunchPersistent<kKernel, 1>(p, params.sms, S::kThreads, shared_bytes, stream);
   });
 }
 
