@@ -107,10 +107,12 @@ sm90::PackParams PackingFor(const MatmulParams& p, const MatmulPlan& plan, const
   return to;
 }
 
-cudaError_t LaunchMatmulSkinny(const MatmulParams& params, const Epilogue& epilogue, const Device& device,
-                               cudaStream_t stream) {
-  return params.type == ElementType::kBF16 ? LaunchMatmulSkinnyBF16(params, epilogue, device.sm_count, stream)
-                                           : LaunchMatmulSkinnyF16(params, epilogue, device.sm_count, stream);
+cudaError_t LaunchMatmulSkinny(const MatmulParams& params, const Epilogue& epilogue, void* packed_x,
+                               const Device& device, cudaStream_t stream) {
+  const bool has_clusters = device.major == 9;
+  return params.type == ElementType::kBF16
+             ? LaunchMatmulSkinnyBF16(params, epilogue, packed_x, has_clusters, device.sm_count, stream)
+             : LaunchMatmulSkinnyF16(params, epilogue, packed_x, has_clusters, device.sm_count, stream);
 }
 
 cudaError_t LaunchPack(const sm90::PackParams& params, ElementType type, cudaStream_t stream) {
@@ -138,11 +140,12 @@ cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
 
   // Few tokens: the time goes into reading the blocks, which wants neither an order nor a tile.
-  const bool is_small_batch = params.tokens <= 64;
+  const bool is_small_batch = params.tokens <= kFewTokens;
   const auto launch_skinny = [&] {
     const bool fuses = epilogue.column_sums == nullptr;
     *is_finished |= fuses;
-    return LaunchMatmulSkinny(params, fuses ? epilogue : Epilogue{}, device, stream);
+    return LaunchMatmulSkinny(params, fuses ? epilogue : Epilogue{}, is_small_batch ? plan.workspace : nullptr, device,
+                              stream);
   };
   if (is_small_batch && CanLaunchMatmulSkinny(params)) return launch_skinny();
   if (!is_small_batch && device.major == 9 && plan.plan != nullptr) {

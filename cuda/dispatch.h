@@ -17,7 +17,8 @@ struct MatmulPlan {
   std::int32_t tile_features = 0;
   std::int32_t capacity = 0;
   MatmulPlanLayout layout;
-  void* workspace = nullptr;  // room for the blocks of all batch elements of data or plan; null if none was asked for
+  void* workspace = nullptr;  // room for packed x (few tokens), or for the blocks of all batch elements of data or
+                              // plan; null if none was asked for
 };
 
 cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, cudaStream_t stream);

@@ -8,6 +8,7 @@
 
 #include "decode.h"
 #include "dispatch.h"
+#include "kernels.h"
 
 namespace jax_blocksparse {
 namespace {
@@ -54,10 +55,15 @@ ffi::ErrorOr<MatmulPlan> DecodePlan(const char* target, const MatmulParams& para
     return error("plan has another shape than pattern, tile_features and capacity imply");
   }
   const bool data_is_shared = params.data_batch_stride == 0 && decoded.batch == 1;
-  const std::int64_t wanted =
-      (data_is_shared ? 1 : params.batch) * params.nnz * params.block * params.block * (Is16Bit(params.type) ? 2 : 4);
+  const std::int64_t element = Is16Bit(params.type) ? 2 : 4;
+  const std::int64_t data_bytes =
+      (data_is_shared ? 1 : params.batch) * params.nnz * params.block * params.block * element;
+  const std::int64_t x_bytes =
+      (params.x_batch_stride == 0 ? 1 : params.batch) * params.tokens * PackedXFeatures(params) * element;
+  const std::int64_t wanted = params.tokens <= kFewTokens ? x_bytes : data_bytes;
   if (workspace.size_bytes() != 0) {
-    if (static_cast<std::int64_t>(workspace.size_bytes()) != wanted) return error("workspace must be as large as data");
+    if (static_cast<std::int64_t>(workspace.size_bytes()) != wanted)
+      return error("workspace must be as large as data, or for few tokens as x");
     decoded.workspace = workspace.untyped_data();
   }
   // Without room to pack, blocks are left to the kernels that take them as they are.

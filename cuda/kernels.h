@@ -36,16 +36,19 @@ cudaError_t LaunchSddmmMmaBF16(const SddmmParams& params, TileSize size, cudaStr
 cudaError_t LaunchSddmmMmaF16(const SddmmParams& params, TileSize size, cudaStream_t stream);
 
 // Few tokens on tensor cores: 16-bit elements, all block sizes, x with rows that start at multiples of 16 bytes. They
-// take any number of tokens, but read the weights again for each 64.
+// take any number of tokens, but read the weights again for each 64. Up to kFewTokens, x may be packed first: then
+// `packed_x` is room for it, with PackedXFeatures a token.
+constexpr int kFewTokens = 64;
+constexpr std::int64_t PackedXFeatures(const MatmulParams& p) { return CeilDiv(p.in_features, 32) * 32; }
 inline bool CanLaunchMatmulSkinny(const MatmulParams& p) {
-  constexpr std::int64_t kMaxGrid = 65535;  // in y and z
+  constexpr std::int64_t kMaxGrid = 65528;  // in y and z, in whole clusters
   return Is16Bit(p.type) && p.in_features % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0 &&
          CeilDiv(p.out_features, 8) <= kMaxGrid && p.batch <= kMaxGrid;
 }
-cudaError_t LaunchMatmulSkinnyBF16(const MatmulParams& params, const Epilogue& epilogue, int sm_count,
-                                   cudaStream_t stream);
-cudaError_t LaunchMatmulSkinnyF16(const MatmulParams& params, const Epilogue& epilogue, int sm_count,
-                                  cudaStream_t stream);
+cudaError_t LaunchMatmulSkinnyBF16(const MatmulParams& params, const Epilogue& epilogue, void* packed_x,
+                                   bool has_clusters, int sm_count, cudaStream_t stream);
+cudaError_t LaunchMatmulSkinnyF16(const MatmulParams& params, const Epilogue& epilogue, void* packed_x,
+                                  bool has_clusters, int sm_count, cudaStream_t stream);
 
 // Plain FMA: float32 in any block size, 16-bit elements in blocks of 8.
 cudaError_t LaunchMatmulSimt(const MatmulParams& params, cudaStream_t stream);

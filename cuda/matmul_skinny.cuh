@@ -6,9 +6,13 @@
 // and its piece of x (cp.async) two units ahead into a ring of its own; no two warps meet before the end, when they add
 // up their sums in a fixed order. A unit is 32 deep: a part of a block, one of 32, two of 16 or four of 8. Weights are
 // found by a block's id alone, x needs the block's row, one load later; so the first copies of weights do not wait for
-// rows, and edges of W, which do depend on them, are cut off after the copy. What bounds it: up to 32 tokens DRAM, or
-// for a short list its latencies (ptr, ids, weights, sums); for 64 tokens x, of which a slice of w features needs 4096
-// bytes from L2 for each 64 w bytes of weights.
+// rows, and edges of W, which do depend on them, are cut off after the copy.
+//
+// Where some columns may be much longer than the average, CTAs of neighbouring columns form a cluster, which first
+// takes all together what long lists have beyond that; and where blocks are small and many, x is packed first (see
+// skinny_pack.cuh), which overlaps with the beginning of this kernel. What bounds it: up to 32 tokens DRAM, or for a
+// short list its latencies (ptr, ids, weights, sums); for 64 tokens x, of which a slice of w features needs 4096 bytes
+// from L2 or L1 for each 64 w bytes of weights.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +21,7 @@
 
 #include "kernels.h"
 #include "launch.cuh"
+#include "skinny_pack.cuh"
 #include "skinny_results.cuh"
 #include "skinny_unit.cuh"
 
@@ -26,7 +31,9 @@ constexpr int kLineBytes = 128;
 
 struct SkinnyParams {
   MatmulParams product;
+  SkinnyX x;
   Epilogue epilogue;
+  int kept;                           // entries of a long list that its own CTA takes care of
   std::uint32_t list_lines, x_lines;  // of 128 bytes, that order and inner, and x, take at least
 };
 
@@ -43,25 +50,20 @@ __device__ __forceinline__ void PrefetchOperands(const SkinnyParams& params) {
   if (line < params.x_lines) Prefetch(static_cast<const char*>(p.x) + byte);
 }
 
+// One warp's sums over the units of its walk, which are left in its ring.
 template <typename T, bool kTranspose, typename Tile>
-__global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_constant__ SkinnyParams params) {
+__device__ __forceinline__ void SumUnits(UnitWalk<Tile>& walk, const UnitCopier<T, kTranspose, Tile>& copier,
+                                         unsigned char* ring_room) {
   using Layout = UnitLayout<Tile, kTranspose>;
-  extern __shared__ __align__(128) unsigned char shared[];
-
-  const MatmulParams& p = params.product;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, splits = blockDim.x / 32;
-  const SkinnyPosition<Tile> at;
-  UnitWalk<Tile> walk(p, at.batch, at.column, warp, splits);
-  PrefetchOperands(params);
-  const UnitCopier<T, kTranspose, Tile> copier(p, at);
-  walk.Start();
-  const std::uint32_t ring = SharedAddress(shared) + warp * Tile::kRingBytes;
+  const int lane = threadIdx.x % 32;
+  const std::uint32_t ring = SharedAddress(ring_room);
 
   std::uint32_t needs_cut = 0;  // bit s: the unit in stage s
 #pragma unroll
   for (int unit = 0; unit < Tile::kAhead; ++unit) {
     if (walk.Exists(unit)) copier.CopyWeights(ring + unit * Tile::kUnitBytes, walk, unit);
   }
+  WaitForPrerequisites();  // x may be packed by the kernel before
 #pragma unroll
   for (int unit = 0; unit < Tile::kAhead; ++unit) {
     if (walk.Exists(unit) && copier.CopyX(ring + unit * Tile::kUnitBytes, walk, unit)) needs_cut |= 1u << unit;
@@ -106,8 +108,7 @@ __global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_co
 
   WaitForCopies<0>();
   __syncwarp();  // the ring is free
-  float* const shared_sums = reinterpret_cast<float*>(shared);
-  float* const own_sums = shared_sums + warp * (Tile::kRingBytes / 4);
+  float* const room = reinterpret_cast<float*>(ring_room);
 #pragma unroll
   for (int m = 0; m < Tile::kFeatureTiles; ++m) {
 #pragma unroll
@@ -115,12 +116,76 @@ __global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_co
 #pragma unroll
       for (int i = 0; i < 2 * Tile::kHalves; ++i) {
         const int token = n * 8 + lane % 4 * 2 + i % 2, feature = m * 16 + i / 2 * 8 + lane / 4;
-        own_sums[token * Tile::kSumsPitch + feature] = sums[m][n][i];
+        room[token * Tile::kSumsPitch + feature] = sums[m][n][i];
       }
     }
   }
-  __syncthreads();
+}
 
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// Adds up what the warps of all CTAs of a cluster have left in their rings, in the order of warps, then of CTAs. The
+// owner of the column gets it, behind its rings.
+template <typename Tile>
+__device__ __forceinline__ void AddUpCluster(float* shared_sums, int splits, bool is_owner) {
+  constexpr int kRowVectors = Tile::kFeatures / 4, kRing = Tile::kRingBytes / 4;
+  const auto for_each_vector = [&](const auto& function) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Tile::kTokens * kRowVectors; i += blockDim.x) {
+      function(shared_sums + i / kRowVectors * Tile::kSumsPitch + i % kRowVectors * 4);
+    }
+  };
+  for_each_vector([&](float* at) {
+    float4 sum = *reinterpret_cast<const float4*>(at);
+    for (int split = 1; split < splits; ++split) sum = sum + *reinterpret_cast<const float4*>(at + split * kRing);
+    *reinterpret_cast<float4*>(at) = sum;
+  });
+  SyncCluster();
+  if (is_owner) {
+    for_each_vector([&](float* at) {
+      float4 sum = LoadOfCluster16(at, 0);
+#pragma unroll
+      for (int cta = 1; cta < kClusterCtas; ++cta) sum = sum + LoadOfCluster16(at, cta);
+      *reinterpret_cast<float4*>(at + splits * kRing) = sum;
+    });
+  }
+  SyncCluster();  // the rings are free
+}
+
+template <typename T, bool kTranspose, typename Tile>
+__global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_constant__ SkinnyParams params) {
+  extern __shared__ __align__(128) unsigned char shared[];
+
+  const MatmulParams& p = params.product;
+  const int warp = threadIdx.x / 32, splits = blockDim.x / 32, cta = blockIdx.y % kClusterCtas;
+  const SkinnyPosition<Tile> at;
+  ClusterLists<Tile> lists(p, at, params.kept);
+  PrefetchOperands(params);
+  UnitWalk<Tile> walk(p, at.batch);
+  unsigned char* const ring = shared + warp * Tile::kRingBytes;
+
+  // What is left over of long lists comes first.
+  const std::uint32_t long_lists = lists.Start();
+#pragma unroll 1
+  for (std::uint32_t left = long_lists;; left &= left - 1) {
+    const bool is_own = left == 0;
+    const int owner = is_own ? cta : __ffs(left) - 1, begin = lists.Begin(owner), end = lists.End(owner);
+    const int middle = (long_lists >> owner & 1) != 0 ? begin + params.kept : end;
+    if (is_own) {
+      walk.Start(begin, middle, warp, splits);
+    } else {
+      walk.Start(middle, end, cta * splits + warp, kClusterCtas * splits);
+    }
+    SumUnits(walk, UnitCopier<T, kTranspose, Tile>(p, params.x, at, owner % Tile::kSlices), ring);
+    __syncthreads();
+    if (is_own) break;
+    AddUpCluster<Tile>(reinterpret_cast<float*>(shared), splits, owner == cta);
+  }
+
+  float* const shared_sums = reinterpret_cast<float*>(shared);
+  const int parts = splits + (long_lists >> cta & 1);  // the last one is what the cluster has added up
 #pragma unroll 1
   for (int i = threadIdx.x; i < Tile::kTokens * (Tile::kFeatures / 8); i += blockDim.x) {
     const int tile_token = i / (Tile::kFeatures / 8), tile_feature = i % (Tile::kFeatures / 8) * 8;
@@ -129,68 +194,118 @@ __global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_co
     if (token >= p.tokens || feature >= p.out_features) continue;
     float* const from = shared_sums + tile_token * Tile::kSumsPitch + tile_feature;
     if (p.f32_output) {
-      WriteResults<float>(p, params.epilogue, at.batch, token, feature, from, splits, Tile::kRingBytes / 4);
+      WriteResults<float>(p, params.epilogue, at.batch, token, feature, from, parts, Tile::kRingBytes / 4);
     } else {
-      WriteResults<T>(p, params.epilogue, at.batch, token, feature, from, splits, Tile::kRingBytes / 4);
+      WriteResults<T>(p, params.epilogue, at.batch, token, feature, from, parts, Tile::kRingBytes / 4);
     }
   }
+}
+
+template <typename Tile>
+constexpr int SharedSumsBytes(bool shares) {
+  return shares ? Tile::kSumsBytes : 0;
 }
 
 // As many warps as run at once on the whole GPU: more would wait for others to end, fewer read less at a time. But not
 // many more than a column of average length has units for.
 template <typename Tile>
-int SkinnySplits(const MatmulParams& p, std::int64_t ctas, int sm_count) {
-  const std::int64_t fitting = Tile::kWarpsPerSm / CeilDiv(ctas, sm_count);
-  const std::int64_t units =
-      CeilDiv(2 * std::int64_t{p.nnz} * Tile::kParts, Tile::kPieces * CeilDiv(p.out_features, Tile::kBlock));
-  return static_cast<int>(std::clamp<std::int64_t>(std::min(fitting, units), 2, Tile::kMaxSplits));
+int SkinnySplits(std::int64_t units, std::int64_t ctas, int sm_count, bool shares) {
+  constexpr int kSmBytes = 228 * 1024, kReservedBytes = 1024;  // of an SM, and in it for each CTA
+  // Clusters do not fit everywhere: room for one CTA more.
+  const std::int64_t sm_ctas = CeilDiv(ctas, sm_count) + (shares ? 1 : 0);
+  const std::int64_t fitting =
+      std::min(65536 / 32 / Tile::kRegisters / sm_ctas,
+               (kSmBytes / sm_ctas - kReservedBytes - SharedSumsBytes<Tile>(shares)) / Tile::kRingBytes);
+  return static_cast<int>(std::clamp<std::int64_t>(std::min(fitting, 2 * units), 2, Tile::kMaxSplits));
 }
 
 template <typename T, bool kTranspose, typename Tile>
-cudaError_t LaunchSkinnyTile(const SkinnyParams& params, int sm_count, cudaStream_t stream) {
+cudaError_t LaunchSkinnyTile(SkinnyParams params, bool has_clusters, int sm_count, cudaStream_t stream) {
   constexpr auto kKernel = MatmulSkinnyKernel<T, kTranspose, Tile>;
-  if (const cudaError_t error = AllowSharedMemory<kKernel>(Tile::kMaxSharedBytes); error != cudaSuccess) return error;
   const MatmulParams& p = params.product;
-  const dim3 grid(CeilDiv(p.tokens, Tile::kTokens), CeilDiv(p.out_features, Tile::kBlock) * Tile::kSlices, p.batch);
-  const int splits = SkinnySplits<Tile>(p, std::int64_t{grid.x} * grid.y * grid.z, sm_count);
-  kKernel<<<grid, 32 * splits, splits * Tile::kRingBytes, stream>>>(params);
-  return cudaGetLastError();
+  const std::int64_t columns = CeilDiv(p.out_features, Tile::kBlock);
+  const std::int64_t average = CeilDiv(p.nnz, columns), longest = CeilDiv(p.in_features, Tile::kBlock);
+
+  // Sharing a list takes about as long as a column of so many units. Even patterns, which are not known here, must not
+  // suffer: clusters need room for sums, which warps and L1 (packed x) would miss. Slices would share one by one.
+  constexpr int kWorthwhile = (Tile::kTokens < 32 ? 64 : 32) * Tile::kPieces / Tile::kParts;
+  params.kept = static_cast<int>(std::max<std::int64_t>(average, kWorthwhile));
+  const bool shares = has_clusters && Tile::kTokens <= 32 && Tile::kSlices == 1 && !params.x.is_packed &&
+                      columns >= kClusterCtas && longest > std::int64_t{3} * params.kept;
+  if (!shares) params.kept = std::numeric_limits<int>::max();
+
+  const dim3 grid(CeilDiv(p.tokens, Tile::kTokens),
+                  shares ? CeilDiv(columns, kClusterCtas) * kClusterCtas : columns * Tile::kSlices, p.batch);
+  const int splits = SkinnySplits<Tile>(CeilDiv(average * Tile::kParts, Tile::kPieces),
+                                        std::int64_t{grid.x} * grid.y * grid.z, sm_count, shares);
+  const int allowed = Tile::kMaxSharedBytes + (has_clusters ? Tile::kSumsBytes : 0);
+  if (const cudaError_t error = AllowSharedMemory<kKernel>(allowed); error != cudaSuccess) return error;
+
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(32 * splits);
+  config.dynamicSmemBytes = splits * Tile::kRingBytes + SharedSumsBytes<Tile>(shares);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (shares) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {1, kClusterCtas, 1};
+  }
+  // CTAs that start one by one find less of each other's x in L1: with 64 tokens that costs more than the overlap
+  // saves.
+  if (params.x.is_packed && has_clusters && Tile::kTokens <= 32) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kKernel, params);
 }
 
 template <typename T, int kBlock, int kTokens>
-cudaError_t LaunchSkinnyTokens(const SkinnyParams& params, int sm_count, cudaStream_t stream) {
+cudaError_t LaunchSkinnyTokens(const SkinnyParams& params, bool has_clusters, int sm_count, cudaStream_t stream) {
   using Tile = SkinnyTile<kBlock, kTokens>;
-  return params.product.transpose ? LaunchSkinnyTile<T, true, Tile>(params, sm_count, stream)
-                                  : LaunchSkinnyTile<T, false, Tile>(params, sm_count, stream);
+  return params.product.transpose ? LaunchSkinnyTile<T, true, Tile>(params, has_clusters, sm_count, stream)
+                                  : LaunchSkinnyTile<T, false, Tile>(params, has_clusters, sm_count, stream);
 }
 
 template <typename T, int kBlock>
-cudaError_t LaunchSkinnyBlock(const SkinnyParams& params, int sm_count, cudaStream_t stream) {
-  if (params.product.tokens <= 16) return LaunchSkinnyTokens<T, kBlock, 16>(params, sm_count, stream);
-  if (params.product.tokens <= 32) return LaunchSkinnyTokens<T, kBlock, 32>(params, sm_count, stream);
-  return LaunchSkinnyTokens<T, kBlock, 64>(params, sm_count, stream);
+cudaError_t LaunchSkinnyBlock(const SkinnyParams& params, bool has_clusters, int sm_count, cudaStream_t stream) {
+  if (params.product.tokens <= 16) return LaunchSkinnyTokens<T, kBlock, 16>(params, has_clusters, sm_count, stream);
+  if (params.product.tokens <= 32) return LaunchSkinnyTokens<T, kBlock, 32>(params, has_clusters, sm_count, stream);
+  return LaunchSkinnyTokens<T, kBlock, 64>(params, has_clusters, sm_count, stream);
 }
 
-// One source file for each element type instantiates this.
+// One source file for each element type instantiates this. Packs x first if there is room for that.
 template <typename T>
-cudaError_t LaunchMatmulSkinnyOf(const MatmulParams& product, const Epilogue& epilogue, int sm_count,
-                                 cudaStream_t stream) {
+cudaError_t LaunchMatmulSkinnyOf(const MatmulParams& product, const Epilogue& epilogue, void* packed_x,
+                                 bool has_clusters, int sm_count, cudaStream_t stream) {
   const auto lines = [](std::int64_t bytes) {
     return static_cast<std::uint32_t>(std::min<std::int64_t>(bytes / kLineBytes, std::numeric_limits<int>::max()));
   };
-  const SkinnyParams params{product, epilogue, lines(product.nnz * std::int64_t{sizeof(*product.order)}),
-                            lines(product.tokens * product.in_features * std::int64_t{sizeof(T)})};
+  SkinnyParams params{};
+  params.product = product;
+  params.epilogue = epilogue;
+  params.list_lines = lines(product.nnz * std::int64_t{sizeof(*product.order)});
+  if (packed_x != nullptr) {
+    params.x = PackedX(product, packed_x);
+    if (const cudaError_t error = LaunchPackX(product, params.x, packed_x, stream); error != cudaSuccess) return error;
+  } else {
+    params.x = {product.x, product.x_batch_stride, product.in_features, std::min(product.block, kUnitDepth), false};
+    params.x_lines = lines(product.tokens * product.in_features * std::int64_t{sizeof(T)});
+  }
   switch (product.block) {
     case 8:
-      return LaunchSkinnyBlock<T, 8>(params, sm_count, stream);
+      return LaunchSkinnyBlock<T, 8>(params, has_clusters, sm_count, stream);
     case 16:
-      return LaunchSkinnyBlock<T, 16>(params, sm_count, stream);
+      return LaunchSkinnyBlock<T, 16>(params, has_clusters, sm_count, stream);
     case 32:
-      return LaunchSkinnyBlock<T, 32>(params, sm_count, stream);
+      return LaunchSkinnyBlock<T, 32>(params, has_clusters, sm_count, stream);
     case 64:
-      return LaunchSkinnyBlock<T, 64>(params, sm_count, stream);
+      return LaunchSkinnyBlock<T, 64>(params, has_clusters, sm_count, stream);
     case 128:
-      return LaunchSkinnyBlock<T, 128>(params, sm_count, stream);
+      return LaunchSkinnyBlock<T, 128>(params, has_clusters, sm_count, stream);
     default:
       return cudaErrorInvalidValue;
   }

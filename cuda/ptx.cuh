@@ -17,6 +17,11 @@ __device__ __forceinline__ void CopyAsync16(std::uint32_t to, const void* from, 
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// The same by way of L1, for what others on this SM need, too.
+__device__ __forceinline__ void CopyAsyncCached16(std::uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 // Copies 4, 8 or 16 bytes to shared memory without waiting.
 template <int kBytes>
 __device__ __forceinline__ void CopyAsync(std::uint32_t to, const void* from) {
@@ -62,6 +67,41 @@ __device__ __forceinline__ std::int32_t LoadIf(bool exists, const std::int32_t* 
                : "+r"(value)
                : "l"(address), "r"(static_cast<std::uint32_t>(exists))
                : "memory");
+  return value;
+}
+
+// Waits for all threads of a cluster. What they wrote before, also to shared memory, can be read behind.
+__device__ __forceinline__ void SyncCluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel begin as soon as all CTAs have said so or are over, if it was launched to overlap with this one.
+__device__ __forceinline__ void LaunchDependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before is over and what it wrote can be read.
+__device__ __forceinline__ void WaitForPrerequisites() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From the same place in the shared memory of CTA `rank` of the cluster.
+__device__ __forceinline__ float4 LoadOfCluster16(const float* from, std::uint32_t rank) {
+  float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, "
+      "[remote];}"
+      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+      : "r"(SharedAddress(from)), "r"(rank)
+      : "memory");
+#endif
   return value;
 }
 

@@ -11,6 +11,7 @@
 
 namespace jax_blocksparse {
 
+constexpr int kClusterCtas = 8;  // that share the rest of long lists, where clusters exist
 constexpr int kUnitDepth = 32;
 constexpr int kDepthSteps = kUnitDepth / 16;  // mma.sync instructions along the depth
 constexpr int kUnitChunks = kUnitDepth / kChunk;
@@ -45,7 +46,6 @@ struct SkinnyTile {
   static constexpr int kRegisters = std::max(8, kTokens* kFeatures / 32) + (kTokens < 32   ? 64
                                                                             : kTokens < 64 ? 80
                                                                                            : 104);
-  static constexpr int kWarpsPerSm = std::min(65536 / 32 / kRegisters, 220 * 1024 / kRingBytes);
 
   static_assert(kTokens % 8 == 0 && kTokenTiles <= 32 && kFeatures % kChunk == 0 && kSlices * kFeatures == kBlock);
   static_assert(kAhead <= 32 / kPieces, "the first copies are of the first window of units");
@@ -112,10 +112,11 @@ struct UnitLayout {
   }
 };
 
-// The units of a column's list that one warp works on: unit `share` and every `shares`-th after it.
+// The units of a part of a column's list that one warp works on: unit `share` and every `shares`-th after it.
 //
 // The 32 lanes hold a window of units and, soon after its beginning, the following one: order[i] and inner[order[i]]
-// are two dependent loads, which nothing waits for.
+// are two dependent loads, which nothing waits for. Of a matrix of at most 32 blocks, they hold all there is to know
+// from the beginning.
 template <typename Tile>
 class UnitWalk {
   static constexpr unsigned kAllLanes = 0xffffffffu;
@@ -123,23 +124,23 @@ class UnitWalk {
   static constexpr int kNowhere = INT_MAX - kUnitDepth;  // still behind every x when depths of a unit are added
 
  public:
-  // Only asks for the ends of the list; Start waits for them.
-  __device__ UnitWalk(const MatmulParams& params, int batch, int column, int share, int shares)
-      : nnz_(params.nnz),
+  __device__ UnitWalk(const MatmulParams& params, int batch)
+      : order_(params.order + batch * params.order_batch_stride),
+        inner_(params.inner + batch * params.order_batch_stride),
+        nnz_(params.nnz),
         rows_((params.in_features + Tile::kBlock - 1) / Tile::kBlock),
         lane_(threadIdx.x % 32),
-        share_(share),
-        shares_(shares) {
-    const std::int32_t* ptr = params.ptr + batch * params.ptr_batch_stride + column;
-    begin_ = LoadIf(true, ptr, 0);
-    end_ = LoadIf(true, ptr + 1, 0);
-    order_ = params.order + batch * params.order_batch_stride;
-    inner_ = params.inner + batch * params.order_batch_stride;
+        is_small_(nnz_ <= 32) {
+    all_ids_ = LoadIf(lane_ < nnz_ && is_small_, order_ + lane_, -1);
+    all_rows_ = LoadIf(lane_ < nnz_ && is_small_, inner_ + lane_, -1);
   }
 
-  __device__ void Start() {
-    begin_ = max(0, min(begin_, nnz_));
-    end_ = max(begin_, min(end_, nnz_));
+  // Of the entries from `begin` up to `end`.
+  __device__ void Start(int begin, int end, int share, int shares) {
+    begin_ = begin;
+    end_ = end;
+    share_ = share;
+    shares_ = shares;
     // No memory holds so many blocks that 32 bits would not do for their units.
     units_ = static_cast<std::uint32_t>(end_ - begin_ + Tile::kPieces - 1) / Tile::kPieces * Tile::kParts;
     id_ = IdAt(IndexOf(lane_ / Tile::kPieces), lane_ % Tile::kPieces);
@@ -186,11 +187,22 @@ class UnitWalk {
 
   __device__ int IdAt(std::uint32_t index, int piece) const {
     const std::uint32_t entry = begin_ + index / Tile::kParts * Tile::kPieces + piece;
-    return LoadIf(entry < static_cast<std::uint32_t>(end_), order_ + entry, -1);
+    const bool exists = entry < static_cast<std::uint32_t>(end_);
+    if (is_small_) {
+      const int id = __shfl_sync(kAllLanes, all_ids_, entry % 32);
+      return exists ? id : -1;
+    }
+    return LoadIf(exists, order_ + entry, -1);
   }
 
   __device__ bool IsId(int id) const { return id >= 0 && id < nnz_; }
-  __device__ int RowOf(int id) const { return LoadIf(IsId(id), inner_ + id, -1); }
+  __device__ int RowOf(int id) const {
+    if (is_small_) {
+      const int row = __shfl_sync(kAllLanes, all_rows_, id % 32);
+      return IsId(id) ? row : -1;
+    }
+    return LoadIf(IsId(id), inner_ + id, -1);
+  }
 
   __device__ int FirstOf(int row, int unit) const {
     return row >= 0 && row < rows_ ? row * Tile::kBlock + Part(unit) * kUnitDepth : kNowhere;
@@ -199,6 +211,8 @@ class UnitWalk {
   const std::int32_t* order_;
   const std::int32_t* inner_;
   int nnz_, rows_, lane_, share_, shares_;
+  bool is_small_;
+  int all_ids_, all_rows_;  // of a small matrix: lane l has order[l] and inner[l]
   int begin_, end_;
   std::uint32_t units_;
   int id_, row_, next_id_, next_row_;
@@ -210,7 +224,7 @@ struct SkinnyPosition {
   int batch, column, slice;
   std::int64_t first_token;
 
-  // A grid of three dimensions, because divisions would delay the first loads.
+  // A grid of three dimensions, because divisions would delay the first loads. It may have more columns than W.
   __device__ SkinnyPosition()
       : batch(blockIdx.z),
         column(blockIdx.y / Tile::kSlices),
@@ -218,22 +232,58 @@ struct SkinnyPosition {
         first_token(static_cast<std::int64_t>(blockIdx.x) * Tile::kTokens) {}
 };
 
+// The lists of the columns that the CTAs of a cluster have, CTA l's in lane l. What a long one has beyond `kept`
+// entries is shared by all CTAs of the cluster.
+template <typename Tile>
+class ClusterLists {
+ public:
+  __device__ ClusterLists(const MatmulParams& p, const SkinnyPosition<Tile>& at, int kept) : nnz_(p.nnz), kept_(kept) {
+    const int lane = threadIdx.x % 32, column = (blockIdx.y / kClusterCtas * kClusterCtas + lane) / Tile::kSlices;
+    const bool exists = lane < kClusterCtas && column * std::int64_t{Tile::kBlock} < p.out_features;
+    const std::int32_t* ptr = p.ptr + at.batch * p.ptr_batch_stride + column;
+    begin_ = LoadIf(exists, ptr, 0);
+    end_ = LoadIf(exists, ptr + 1, 0);
+  }
+
+  // Waits for them. Says which CTAs' lists are long.
+  __device__ std::uint32_t Start() {
+    begin_ = max(0, min(begin_, nnz_));
+    end_ = max(begin_, min(end_, nnz_));
+    return __ballot_sync(0xffffffffu, end_ - begin_ > 2 * std::int64_t{kept_});
+  }
+  __device__ int Begin(int cta) const { return __shfl_sync(0xffffffffu, begin_, cta); }
+  __device__ int End(int cta) const { return __shfl_sync(0xffffffffu, end_, cta); }
+
+ private:
+  int nnz_, kept_, begin_, end_;
+};
+
+// How the kernel finds x: as it is, or packed, the pieces of all tokens that go with the same rows of blocks together.
+struct SkinnyX {
+  const void* x;
+  std::int64_t batch_stride;
+  std::int64_t token_stride, piece_stride;  // in elements; from a piece of a token to the next
+  bool is_packed;
+};
+
 // The copies of one warp.
 template <typename T, bool kTranspose, typename Tile>
 class UnitCopier {
   using Layout = UnitLayout<Tile, kTranspose>;
   static constexpr int kBlock = Tile::kBlock;
+  // Short pieces of x come from L1 where they are packed, hence whole lines: other CTAs of the SM have just read them.
+  static constexpr bool kCaches = Tile::kPiece < kUnitDepth;
 
  public:
-  __device__ UnitCopier(const MatmulParams& p, const SkinnyPosition<Tile>& at)
-      : in_features_(p.in_features), layout_(threadIdx.x % 32) {
+  __device__ UnitCopier(const MatmulParams& p, const SkinnyX& x, const SkinnyPosition<Tile>& at, int slice)
+      : in_features_(p.in_features), layout_(threadIdx.x % 32), x_strides_(x) {
     const int lane = threadIdx.x % 32, tokens = static_cast<int>(min(p.tokens - at.first_token, std::int64_t{8} * 32));
     data_ = static_cast<const T*>(p.data) + at.batch * p.data_batch_stride + layout_.row * kBlock +
-            layout_.chunk * kChunk + at.slice * Tile::kFeatures * (kTranspose ? kBlock : 1);
+            layout_.chunk * kChunk + slice * Tile::kFeatures * (kTranspose ? kBlock : 1);
     // Tokens that do not exist are copied from others, by 0 bytes.
-    x_ = static_cast<const T*>(p.x) + at.batch * p.x_batch_stride +
-         (at.first_token + min(lane / kUnitChunks, tokens - 1)) * p.in_features;
     x_depth_ = lane % kUnitChunks * kChunk;
+    x_ = static_cast<const T*>(x.x) + at.batch * x.batch_stride +
+         (at.first_token + min(lane / kUnitChunks, tokens - 1)) * x.token_stride + x_depth_ % Tile::kPiece;
     x_place_ = Tile::kWeightBytes + TileOffset<kUnitDepth>(lane / kUnitChunks, lane % kUnitChunks);
     for (int n = 0; n < Tile::kTokenTiles; ++n) token_mask_ |= (lane / kUnitChunks + 8 * n < tokens ? 1u : 0u) << n;
   }
@@ -251,14 +301,19 @@ class UnitCopier {
   // Says whether a piece of the unit does not exist or reaches beyond x, and so into parts of the weights that may hold
   // anything: see CutWeights.
   __device__ bool CopyX(std::uint32_t stage, const UnitWalk<Tile>& walk, int unit) const {
-    const int first = walk.First(unit, x_depth_ / Tile::kPiece) + x_depth_ % Tile::kPiece;
-    const bool exists = first < in_features_;
-    const T* from = x_ + (exists ? first : 0);
+    const int first = walk.First(unit, x_depth_ / Tile::kPiece);
+    const bool exists = first + x_depth_ % Tile::kPiece < in_features_;
+    const T* from = x_ + (exists ? static_cast<std::uint32_t>(first) / Tile::kPiece * x_strides_.piece_stride : 0);
 #pragma unroll
     for (int n = 0; n < Tile::kTokenTiles; ++n) {
       const bool copies = exists && (token_mask_ >> n & 1) != 0;
-      CopyAsync16(stage + x_place_ + n * (8 * kUnitDepth * 2), copies ? from : x_, copies ? 16 : 0);
-      from += static_cast<std::int64_t>(8) * in_features_;
+      const std::uint32_t to = stage + x_place_ + n * (8 * kUnitDepth * 2);
+      if (kCaches && x_strides_.is_packed) {
+        CopyAsyncCached16(to, copies ? from : x_, copies ? 16 : 0);
+      } else {
+        CopyAsync16(to, copies ? from : x_, copies ? 16 : 0);
+      }
+      from += 8 * x_strides_.token_stride;
     }
     return __any_sync(0xffffffffu, !exists);
   }
@@ -276,8 +331,9 @@ class UnitCopier {
   int in_features_;
   Layout layout_;
   const T* data_;  // the lane's chunk in block 0
-  const T* x_;     // the lane's first token
-  int x_depth_;    // of the lane's chunk in the unit
+  const T* x_;     // the lane's chunk of the first piece of its first token
+  const SkinnyX& x_strides_;
+  int x_depth_;  // of the lane's chunk in the unit
   std::uint32_t x_place_;
   std::uint32_t token_mask_ = 0;  // bit n: the token 8 n after the first exists
 };

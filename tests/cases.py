@@ -120,6 +120,20 @@ def random_w(shape, block_size, *, density, dtype="float32"):
     return BlockSparseMatrix(jnp.asarray(normal((pattern.nnz, block_size, block_size), dtype, seed=3)), pattern)
 
 
+def uneven_w(block_size, dtype, *, transposed=False):
+    """A matrix with some columns so long that GPUs share them, two of them neighbours, short ones and an empty one."""
+    mask = np.zeros(({8: 800, 16: 420, 32: 210, 64: 110, 128: 60}[block_size], 21), bool)
+    mask[[3, 50]] = True
+    mask[:, [0, 3, 11, 12, 20]] = True
+    mask[:7, 12] = mask[:, 5] = False
+    shape = (mask.shape[0] * block_size - 8 % block_size, mask.shape[1] * block_size - 3)
+    if transposed:
+        mask, shape = mask.T, shape[::-1]
+    pattern = BlockPattern.from_mask(mask, block_size=block_size, shape=shape)
+    w = BlockSparseMatrix(jnp.asarray(normal((pattern.nnz, block_size, block_size), dtype, seed=3)), pattern)
+    return w.T if transposed else w
+
+
 def normal(shape, dtype, seed):
     """Standard normal numbers as a NumPy array, rounded to the dtype."""
     return np.random.default_rng(seed).standard_normal(shape).astype(jnp.dtype(dtype))

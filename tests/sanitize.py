@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+from unittest import mock
 
 import cases
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_blocksparse as jbs
-from jax_blocksparse import activations
+from jax_blocksparse import activations, lowering
 
 SHAPE = (328, 392)  # what tensor copies accept, and multiples of no tile
 ODD_SHAPE = (61, 45)
@@ -63,6 +64,18 @@ def products(dtype, block_size, tokens, shape, *, density=0.4, damage=False, pre
         assert error < (1e-3 if dtype == "float32" else 6e-3), (
             f"{name} {dtype} {block_size} {tokens}: error {error:.1e}"
         )
+
+
+def few_rows(block_size, tokens, *, packs=False, damage=False):
+    """Compares y and dx of few rows and uneven columns with NumPy, with x packed if asked for."""
+    with mock.patch.object(lowering, "PACKING_PAYS_FROM", 0 if packs else 2**40):
+        for transposed in (False, True):
+            w = cases.uneven_w(block_size, "bfloat16", transposed=transposed)
+            x = cases.normal((tokens, w.shape[0]), "bfloat16", seed=1)
+            y = jax.block_until_ready(jbs.matmul(x, damaged(w) if damage else w, implementation="native"))
+            if not damage:
+                error = cases.relative_error(y, cases.wide(x) @ cases.dense(w))
+                assert error < 6e-3, f"few rows {block_size} {tokens} {packs}: error {error:.1e}"
 
 
 def layer(dtype, block_size, activation, *, tokens=300, damage=False):
@@ -118,6 +131,11 @@ def checks():
         yield functools.partial(products, "float32", b, tokens, SHAPE, damage=damage, precision="highest")
     for dtype, (b, shape), damage in itertools.product(("bfloat16", "float32"), PAIRED, (False, True)):
         yield functools.partial(products, dtype, b, 300, shape, density=0.5, damage=damage)
+    for b, damage in itertools.product(jbs.BLOCK_SIZES, (False, True)):
+        yield functools.partial(few_rows, b, 6, damage=damage)
+        yield functools.partial(few_rows, b, 31, damage=damage)
+        if b <= 32:
+            yield functools.partial(few_rows, b, 39, packs=True, damage=damage)
     layers = [
         *(("bfloat16", b, "gelu_tanh") for b in jbs.BLOCK_SIZES),
         *(("float16", 16, activation) for activation in activations.ACTIVATIONS),

@@ -67,10 +67,6 @@ __device__ __forceinline__ void SyncWarpgroup(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void SyncCluster() {
-  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-}
-
 __device__ __forceinline__ std::uint32_t ClusterRank() {
   std::uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

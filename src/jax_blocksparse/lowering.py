@@ -31,6 +31,12 @@ a later release keeps the old ones.
 SMALL_BATCH = 64
 """Up to this many rows of x, blocks are best fetched one by one, in any order."""
 
+PACKING_PAYS_FROM = 800_000
+"""Few rows of x are packed for so many products of a row and a small block; for fewer, it costs more than it saves."""
+
+PACKED_FEATURES = 32
+"""Of packed x, features come in such numbers. The same as in PackedXFeatures in cuda/kernels.h."""
+
 SUM_TOKENS = 64
 """The CUDA kernels sum so many rows of y; XLA sums these sums. The same as kSumTokens in cuda/epilogue.h."""
 
@@ -56,6 +62,16 @@ def _allows_tf32(aval: ShapedArray, precision: jax.lax.Precision | None) -> bool
     return aval.dtype == np.float32 and precision != jax.lax.Precision.HIGHEST
 
 
+def _packs_x(x: ShapedArray, data: ShapedArray) -> bool:
+    """Whether the kernel for few rows packs x: small blocks need all of it many times, in pieces of few bytes."""
+    (_, rows, features), (_, nnz, block_size, _) = x.shape, data.shape
+    if x.dtype.itemsize != 2 or features % 8 != 0:
+        return False
+    if block_size == 32:
+        return rows > 32 and nnz * rows >= 2 * PACKING_PAYS_FROM
+    return block_size < 32 and rows > 8 and nnz * rows >= PACKING_PAYS_FROM
+
+
 def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=None, with_slope=False, **params):
     """The custom call for y = act(x W + bias) * scale, which takes and gives empty arrays for what is left out.
 
@@ -70,7 +86,6 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
     layout = choose_layout(*(shape[::-1] if transpose else shape), data[1].shape[-1], data[1].shape[1])
     # Of float32, large blocks are read along the depth only, and must be transposed where rows are not.
     packs = (layout.packs or not transpose) if tf32 else (layout.packs and x[1].dtype.itemsize == 2)
-    packs = packs and x[1].shape[1] > SMALL_BATCH
     batch = max(data[1].shape[0], indices[0][1].shape[0])
     y = ctx.avals_out[0]
     slope = y if with_slope else ShapedArray((0,), y.dtype)
@@ -79,8 +94,13 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
         spec = PartitionSpec(y.sharding.spec[0], None, None)
         sums_shape = (y.shape[0], -(-y.shape[1] // SUM_TOKENS), y.shape[2])
         sums = y.update(shape=sums_shape, dtype=np.dtype(np.float32), sharding=y.sharding.update(spec=spec))
-    # Where the kernel wants the blocks in its own order, it puts them here.
-    workspace = ShapedArray((batch, *data[1].shape[1:]) if packs else (0,), data[1].dtype)
+    # Where the kernel wants the blocks, or few rows of x, in its own order, it puts them here.
+    if x[1].shape[1] <= SMALL_BATCH:
+        packs = _packs_x(x[1], data[1])
+        workspace = (*x[1].shape[:2], -(-x[1].shape[2] // PACKED_FEATURES) * PACKED_FEATURES)
+    else:
+        workspace = (batch, *data[1].shape[1:])
+    workspace = ShapedArray(workspace if packs else (0,), data[1].dtype)
 
     call_ctx = ctx.replace(avals_in=[aval for _, aval in operands], avals_out=[y, slope, sums, workspace])
     y, slope, partial_sums, _ = jax.ffi.ffi_lowering(_native.MATMUL_TARGET)(
