@@ -146,12 +146,7 @@ class Piece {
     to += place_;
     for (int i = 0; i < kEach; ++i) {
       if (!IsIn(i)) break;
-      Quad<T> quad = {};
-#pragma unroll
-      for (int e = 0; e < kQuad; ++e) {
-        if (row_ + i * kStep < rows && col_ + e < cols) quad.value[e] = from[e];
-      }
-      *reinterpret_cast<Quad<T>*>(to + i * kStep * kCols) = quad;
+      CopyPartOfQuad(to + i * kStep * kCols, from, row_ + i * kStep < rows ? cols - col_ : 0);
       from += kStep * std::int64_t{pitch};
     }
   }
@@ -164,13 +159,6 @@ class Piece {
   int row_ = threadIdx.x / kRowQuads, col_ = threadIdx.x % kRowQuads * kQuad;
   int place_ = row_ * kCols + (col_ ^ Swizzle(row_));
 };
-
-template <typename T>
-__device__ __forceinline__ void ReadQuad(float (&out)[kQuad], const T* from) {
-  const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(from);
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) out[i] = ToFloat(quad.value[i]);
-}
 
 template <typename T, typename Tile, bool kTranspose>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)

@@ -22,13 +22,13 @@ __device__ __forceinline__ void CopyAsyncCached16(std::uint32_t to, const void* 
   asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// Copies 4, 8 or 16 bytes to shared memory without waiting.
+// Copies 8 or 16 bytes to shared memory without waiting, and not more of their surroundings into L2.
 template <int kBytes>
 __device__ __forceinline__ void CopyAsync(std::uint32_t to, const void* from) {
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
   }
 }
 

@@ -1,42 +1,44 @@
 // The blocks of x^T dy by plain FMA, for float32 in any block size and for 16-bit elements in blocks of 8.
 //
-// A CTA computes one block (a quarter of it for blocks of 128) over all tokens, some tokens at a time: the next slice
-// of x and dy travels from global memory into registers while the present one is multiplied from shared memory. Each
-// thread has a tile of 4x4 sums (8x4 for the largest); where that takes fewer than all threads, the others take
-// different tokens, and the sums are added at the end in a fixed order. What bounds it: reads from L2 for small blocks,
-// FMA throughput for large ones.
+// A CTA computes one block, or a quarter of one of 128, over all tokens, some tokens at a time, which travel to shared
+// memory by asynchronous copies, a slice or two ahead. A thread has a tile of 8 x 8 sums (4 x 4 for blocks of 8); where
+// that takes fewer than all threads, the others take different tokens, and the sums are added at the end in a fixed
+// order. What bounds it: issuing FMAs and other instructions for blocks of 32 and more; below, reading x and dy, from
+// memory as soon as CTAs are no longer at the same tokens.
 #include <algorithm>
 
 #include "kernels.h"
 #include "launch.cuh"
+#include "ptx.cuh"
 #include "simt_tile.cuh"
 
 namespace jax_blocksparse {
 namespace {
 
-template <int kSideLength>
+// kThreads threads compute a piece of kSide x kSide, each kTile x kTile sums of it for some of the tokens of a slice.
+template <int kSideLength, int kTileLength, int kThreadCount, int kTokenCount, int kStageCount, int kCtaCount>
 struct SimtSddmmTile {
   static constexpr int kSide = kSideLength;  // the block size, or 64 for blocks of 128
-  static constexpr int kTokens = kSide <= 16 ? 64 : 32;
-  static constexpr int kThreadRows = kSide == 64 ? 8 : 4;
-  static constexpr int kThreadCols = 4;
-  static constexpr int kRowThreads = kSide / kThreadRows;
-  static constexpr int kColThreads = kSide / kThreadCols;
-  static constexpr int kSplit = kSimtThreads / (kRowThreads * kColThreads);
-  static constexpr int kQuads = kTokens * kSide / kQuad / kSimtThreads;  // of each operand that a thread moves a slice
-  static constexpr int kSliceFloats = kTokens * kSide;
-  static constexpr int kPartialFloats = kSplit * kSide * kSide;
-  static_assert(kRowThreads * kColThreads * kSplit == kSimtThreads && kTokens % kSplit == 0);
-  static_assert(kTokens * kSide % (kQuad * kSimtThreads) == 0);
+  static constexpr int kTile = kTileLength;  // of a thread's sums
+  static constexpr int kThreads = kThreadCount;
+  static constexpr int kTokens = kTokenCount;
+  static constexpr int kStages = kStageCount;
+  static constexpr int kCtas = kCtaCount;  // that an SM has registers for
+  static constexpr int kSideThreads = kSide / kTile;
+  static constexpr int kSplit = kThreads / (kSideThreads * kSideThreads);
+  static constexpr int kRowQuads = kSide / kQuad;
+  static constexpr int kStep = kThreads / kRowQuads;  // tokens that all threads copy at once
+  static constexpr int kSlice = kTokens * kSide;      // elements of x, or of dy
+  static_assert(kSideThreads * kSideThreads * kSplit == kThreads && kTokens % kSplit == 0);
+  static_assert(kTile == kQuad || kTile == 2 * kQuad);
+  static_assert(kThreads % kRowQuads == 0 && kTokens % kStep == 0);
 };
 
-template <typename T, int kSideLength>
-__global__ void __launch_bounds__(kSimtThreads) SddmmSimtKernel(const __grid_constant__ SddmmParams p) {
-  using Tile = SimtSddmmTile<kSideLength>;
-  constexpr int kSide = Tile::kSide;
-  __shared__ __align__(16) float shared[std::max(2 * Tile::kSliceFloats, Tile::kPartialFloats)];
-  float* const x_slice = shared;
-  float* const dy_slice = shared + Tile::kSliceFloats;
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas) SddmmSimtKernel(const __grid_constant__ SddmmParams p) {
+  constexpr int kSide = Tile::kSide, kTile = Tile::kTile;
+  extern __shared__ __align__(16) unsigned char shared[];
+  T* const stages = reinterpret_cast<T*>(shared);
 
   const int pieces_a_side = p.block / kSide;
   const int pieces = pieces_a_side * pieces_a_side;
@@ -55,66 +57,99 @@ __global__ void __launch_bounds__(kSimtThreads) SddmmSimtKernel(const __grid_con
   const std::int64_t dy_features = inert ? 0 : p.out_features - first_col - piece_col;
   const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride;
   const T* dy = static_cast<const T*>(p.dy) + batch * p.dy_batch_stride;
-  const bool x_aligned = IsQuadAligned(x, p.in_features), dy_aligned = IsQuadAligned(dy, p.out_features);
-  x += first_row + piece_row;
-  dy += first_col + piece_col;
+  const bool whole = IsQuadAligned(x, p.in_features) && IsQuadAligned(dy, p.out_features) && x_features >= kSide &&
+                     dy_features >= kSide;
 
   const int thread = threadIdx.x;
-  Quad<float> next_x[Tile::kQuads], next_dy[Tile::kQuads];
-  const auto fetch = [&](std::int64_t step) {
+  const int copy_row = thread / Tile::kRowQuads, copy_col = thread % Tile::kRowQuads * kQuad;
+  const int copy_place = copy_row * kSide + copy_col;
+  x += copy_row * std::int64_t{p.in_features} + first_row + piece_row + copy_col;
+  dy += copy_row * std::int64_t{p.out_features} + first_col + piece_col + copy_col;
+  std::int64_t next = 0;  // the step to copy
+
+  // Starts to copy the next slice, if there is one. What does not exist becomes zeros.
+  const auto copy = [&](T* to) {
+    if (next < steps) {
+      const std::int64_t left = p.tokens - next * Tile::kTokens;
+      to += copy_place;
+      if (whole && left >= Tile::kTokens) {
+        const T *from_x = x, *from_dy = dy;
 #pragma unroll
-    for (int i = 0; i < Tile::kQuads; ++i) {
-      const int quad = thread + i * kSimtThreads;
-      const std::int64_t token = step * Tile::kTokens + quad / (kSide / kQuad);
-      const int feature = quad % (kSide / kQuad) * kQuad;
-      const bool exists = token < p.tokens;
-      next_x[i] = LoadQuad(x + token * p.in_features + feature, exists ? x_features - feature : 0, x_aligned);
-      next_dy[i] = LoadQuad(dy + token * p.out_features + feature, exists ? dy_features - feature : 0, dy_aligned);
+        for (int i = 0; i < Tile::kTokens; i += Tile::kStep) {
+          CopyAsync<kQuad * sizeof(T)>(SharedAddress(to + i * kSide), from_x);
+          CopyAsync<kQuad * sizeof(T)>(SharedAddress(to + Tile::kSlice + i * kSide), from_dy);
+          from_x += Tile::kStep * std::int64_t{p.in_features};
+          from_dy += Tile::kStep * std::int64_t{p.out_features};
+        }
+      } else {
+        for (int i = 0; i < Tile::kTokens; i += Tile::kStep) {
+          const bool exists = copy_row + i < left;
+          CopyPartOfQuad(to + i * kSide, x + i * std::int64_t{p.in_features}, exists ? x_features - copy_col : 0);
+          CopyPartOfQuad(to + Tile::kSlice + i * kSide, dy + i * std::int64_t{p.out_features},
+                         exists ? dy_features - copy_col : 0);
+        }
+      }
+      ++next;
+      x += Tile::kTokens * std::int64_t{p.in_features};
+      dy += Tile::kTokens * std::int64_t{p.out_features};
     }
+    CommitCopies();
   };
 
-  const int split = thread / (Tile::kRowThreads * Tile::kColThreads);
-  const int row_thread = thread / Tile::kColThreads % Tile::kRowThreads, col_thread = thread % Tile::kColThreads;
-  float sums[Tile::kThreadRows][Tile::kThreadCols] = {};
-  if (steps > 0) fetch(0);
+  const int split = thread / (Tile::kSideThreads * Tile::kSideThreads);
+  const int row_thread = thread / Tile::kSideThreads % Tile::kSideThreads, col_thread = thread % Tile::kSideThreads;
+  // The rows and columns of a thread are one quad or two, half of a side apart. Threads whose tokens lie in the same
+  // banks begin with different ones.
+  constexpr int kRowsOfBanks = std::max(1, 32 / kSide);
+  const int first_quad = kTile == kQuad ? 0 : split / kRowsOfBanks % 2 * (kSide / 2);
+  const int own_row = first_quad ^ row_thread * kQuad, own_col = first_quad ^ col_thread * kQuad;
+  float sums[kTile][kTile] = {};
+#pragma unroll
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) copy(stages + stage * 2 * Tile::kSlice);
+  constexpr int kEnd = Tile::kStages * 2 * Tile::kSlice;
+  int stage = 0, next_stage = kEnd - 2 * Tile::kSlice;
   for (std::int64_t step = 0; step < steps; ++step) {
-#pragma unroll
-    for (int i = 0; i < Tile::kQuads; ++i) {
-      reinterpret_cast<Quad<float>*>(x_slice)[thread + i * kSimtThreads] = next_x[i];
-      reinterpret_cast<Quad<float>*>(dy_slice)[thread + i * kSimtThreads] = next_dy[i];
-    }
+    WaitForCopies<Tile::kStages - 2>();
     __syncthreads();
-    if (step + 1 < steps) fetch(step + 1);
+    copy(stages + next_stage);
+    const T* const x_slice = stages + stage + split * kSide;
+    const T* const dy_slice = x_slice + Tile::kSlice;
 #pragma unroll 8
-    for (int k = 0; k < Tile::kTokens / Tile::kSplit; ++k) {
-      const int token = k * Tile::kSplit + split;
-      float a[Tile::kThreadRows], b[Tile::kThreadCols];
-      ReadTileRow(a, x_slice + token * kSide, row_thread, Tile::kRowThreads);
-      ReadTileRow(b, dy_slice + token * kSide, col_thread, Tile::kColThreads);
+    for (int k = 0; k < Tile::kTokens; k += Tile::kSplit) {
+      float a[kTile], b[kTile];
 #pragma unroll
-      for (int m = 0; m < Tile::kThreadRows; ++m) {
+      for (int i = 0; i < kTile; i += kQuad) {
+        ReadQuad(a + i, x_slice + k * kSide + (own_row ^ i / kQuad * (kSide / 2)));
+        ReadQuad(b + i, dy_slice + k * kSide + (own_col ^ i / kQuad * (kSide / 2)));
+      }
 #pragma unroll
-        for (int n = 0; n < Tile::kThreadCols; ++n) sums[m][n] = fmaf(a[m], b[n], sums[m][n]);
+      for (int m = 0; m < kTile; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTile; ++n) sums[m][n] = fmaf(a[m], b[n], sums[m][n]);
       }
     }
-    __syncthreads();
+    stage = stage + 2 * Tile::kSlice == kEnd ? 0 : stage + 2 * Tile::kSlice;
+    next_stage = next_stage + 2 * Tile::kSlice == kEnd ? 0 : next_stage + 2 * Tile::kSlice;
   }
 
   // Through shared memory: adds up the partial sums, and makes the writes contiguous.
+  __syncthreads();
+  float* const partial = reinterpret_cast<float*>(shared);
 #pragma unroll
-  for (int m = 0; m < Tile::kThreadRows; ++m) {
+  for (int m = 0; m < kTile; ++m) {
 #pragma unroll
-    for (int n = 0; n < Tile::kThreadCols; ++n) {
-      shared[(split * kSide + TilePlace<Tile::kThreadRows>(row_thread, Tile::kRowThreads, m)) * kSide +
-             TilePlace<Tile::kThreadCols>(col_thread, Tile::kColThreads, n)] = sums[m][n];
+    for (int n = 0; n < kTile; ++n) {
+      const int place_row = (own_row ^ m / kQuad * (kSide / 2)) + m % kQuad;
+      const int place_col = (own_col ^ n / kQuad * (kSide / 2)) + n % kQuad;
+      partial[(split * kSide + place_row) * kSide + place_col] = sums[m][n];
     }
   }
   __syncthreads();
   const auto write = [&](auto* data) {
     data += (batch * p.nnz + id) * p.block * p.block + piece_row * p.block + piece_col;
-    for (int i = thread; i < kSide * kSide; i += kSimtThreads) {
+    for (int i = thread; i < kSide * kSide; i += Tile::kThreads) {
       float sum = 0.0f;
-      for (int s = 0; s < Tile::kSplit; ++s) sum += shared[s * kSide * kSide + i];
+      for (int s = 0; s < Tile::kSplit; ++s) sum += partial[s * kSide * kSide + i];
       const int r = i / kSide, c = i % kSide;
       FromFloat(r < x_features && c < dy_features ? sum : 0.0f, data + r * p.block + c);
     }
@@ -126,32 +161,42 @@ __global__ void __launch_bounds__(kSimtThreads) SddmmSimtKernel(const __grid_con
   }
 }
 
-template <typename T, int kSide>
-cudaError_t LaunchSide(const SddmmParams& p, cudaStream_t stream) {
+template <typename T, typename Tile>
+cudaError_t LaunchTile(const SddmmParams& p, cudaStream_t stream) {
+  constexpr int kSide = Tile::kSide;
+  constexpr int kSharedBytes =
+      std::max(Tile::kStages * 2 * Tile::kSlice * int{sizeof(T)}, Tile::kSplit * kSide * kSide * 4);
   const std::int64_t pieces_a_side = p.block / kSide;
-  return Launch<SddmmSimtKernel<T, kSide>>(p, p.batch * p.nnz * pieces_a_side * pieces_a_side, kSimtThreads, 0, stream);
+  return Launch<SddmmSimtKernel<T, Tile>>(p, p.batch * p.nnz * pieces_a_side * pieces_a_side, Tile::kThreads,
+                                          kSharedBytes, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchSddmmSimt(const SddmmParams& params, cudaStream_t stream) {
-  if (params.type == ElementType::kF32) {
-    switch (params.block) {
-      case 8:
-        return LaunchSide<float, 8>(params, stream);
-      case 16:
-        return LaunchSide<float, 16>(params, stream);
-      case 32:
-        return LaunchSide<float, 32>(params, stream);
-      case 64:
-      case 128:
-        return LaunchSide<float, 64>(params, stream);
-    }
-  } else if (params.block == 8) {
-    return params.type == ElementType::kBF16 ? LaunchSide<__nv_bfloat16, 8>(params, stream)
-                                             : LaunchSide<__half, 8>(params, stream);
+  // Side of a piece and of a lane's sums, threads, tokens of a slice, stages, CTAs of an SM.
+  using Blocks8 = SimtSddmmTile<8, 4, 32, 64, 3, 16>;
+  using Blocks16 = SimtSddmmTile<16, 8, 32, 64, 2, 12>;
+  using Blocks32 = SimtSddmmTile<32, 8, 64, 32, 3, 6>;
+  using Blocks64 = SimtSddmmTile<64, 8, 128, 16, 3, 3>;
+  if (params.type != ElementType::kF32) {
+    if (params.block != 8) return cudaErrorInvalidValue;
+    return params.type == ElementType::kBF16 ? LaunchTile<__nv_bfloat16, Blocks8>(params, stream)
+                                             : LaunchTile<__half, Blocks8>(params, stream);
   }
-  return cudaErrorInvalidValue;
+  switch (params.block) {
+    case 8:
+      return LaunchTile<float, Blocks8>(params, stream);
+    case 16:
+      return LaunchTile<float, Blocks16>(params, stream);
+    case 32:
+      return LaunchTile<float, Blocks32>(params, stream);
+    case 64:
+    case 128:
+      return LaunchTile<float, Blocks64>(params, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace jax_blocksparse

@@ -8,7 +8,6 @@
 
 namespace jax_blocksparse {
 
-constexpr int kSimtThreads = 128;
 constexpr int kQuad = 4;  // elements that a thread moves at once
 
 __device__ __forceinline__ float ToFloat(float value) { return value; }
@@ -31,19 +30,23 @@ __device__ __forceinline__ bool IsQuadAligned(const T* pointer, std::int64_t pit
   return pitch % kQuad == 0 && reinterpret_cast<std::uintptr_t>(pointer) % sizeof(Quad<T>) == 0;
 }
 
-// Four elements of which `valid` (any number: it is clamped) exist; the rest are zeros.
+// Copies four elements to shared memory, of which `valid` (any number: it is clamped) exist; the rest becomes zeros.
 template <typename T>
-__device__ __forceinline__ Quad<float> LoadQuad(const T* from, std::int64_t valid, bool aligned) {
-  Quad<float> result;
-  if (aligned && valid >= kQuad) {
-    const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(from);
+__device__ __forceinline__ void CopyPartOfQuad(T* to, const T* from, std::int64_t valid) {
+  Quad<T> quad = {};
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) result.value[i] = ToFloat(quad.value[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) result.value[i] = i < valid ? ToFloat(from[i]) : 0.0f;
+  for (int i = 0; i < kQuad; ++i) {
+    if (i < valid) quad.value[i] = from[i];
   }
-  return result;
+  *reinterpret_cast<Quad<T>*>(to) = quad;
+}
+
+// Reads four elements from shared memory.
+template <typename T>
+__device__ __forceinline__ void ReadQuad(float* to, const T* from) {
+  const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(from);
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) to[i] = ToFloat(quad.value[i]);
 }
 
 // Writes those of a group of results that exist; `aligned` is about a group of four.
@@ -59,26 +62,6 @@ __device__ __forceinline__ void StoreGroup(U* to, const float (&from)[kCount], s
     for (int i = 0; i < kCount; ++i) {
       if (i < valid) FromFloat(from[i], to + i);
     }
-  }
-}
-
-// Element i of the kPerThread that thread `index` of `threads` has along one side of a tile: groups of up to four
-// neighbours, the groups of all threads side by side, so that threads of a warp read neighbouring banks.
-template <int kPerThread>
-__device__ __forceinline__ int TilePlace(int index, int threads, int i) {
-  constexpr int kGroup = kPerThread < kQuad ? kPerThread : kQuad;
-  return i / kGroup * (threads * kGroup) + index * kGroup + i % kGroup;
-}
-
-// The kPerThread floats of a row of shared memory that TilePlace gives to this thread.
-template <int kPerThread>
-__device__ __forceinline__ void ReadTileRow(float (&out)[kPerThread], const float* row, int index, int threads) {
-  constexpr int kGroup = kPerThread < kQuad ? kPerThread : kQuad;
-#pragma unroll
-  for (int i = 0; i < kPerThread; i += kGroup) {
-    const auto group = *reinterpret_cast<const Group<float, kGroup>*>(row + TilePlace<kPerThread>(index, threads, i));
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) out[i + j] = group.value[j];
   }
 }
 
