@@ -139,8 +139,8 @@ ffi::ErrorOr<SddmmPlan> DecodePlan(const char* target, const SddmmParams& params
     return ffi::Unexpected(ffi::Error::InvalidArgument(std::string(target) + ": " + what));
   };
   const bool is_unit = unit == 16 || unit == 32 || unit == 64 || unit == 128;
-  if (!is_unit || unit % params.block != 0 || (split != 1 && split != 2 && split != 4) || tiles < 0) {
-    return error("unit must be 16, 32, 64 or 128 and a multiple of the block, split 1, 2 or 4 and tiles not negative");
+  if (!is_unit || unit % params.block != 0 || split < 1 || split > sm90::kMaxSddmmSplit || tiles < 0) {
+    return error("unit must be 16, 32, 64 or 128 and a multiple of the block, split 1 to 5 and tiles not negative");
   }
   SddmmPlan decoded;
   decoded.plan = plan.typed_data();

@@ -25,6 +25,7 @@ from jax_blocksparse import activations, lowering
 SHAPE = (328, 392)  # what tensor copies accept, and multiples of no tile
 ODD_SHAPE = (61, 45)
 PAIRED = ((128, (2056, 2056)), (32, (3080, 2056)))  # large enough for tiles of dW that share copies
+SHARED = ((32, (2056, 2056), 0.15), (64, (2056, 2056), 0.1), (16, (2056, 2056), 0.1))  # tiles that five or three share
 MANY_TOKENS = 4400  # with these shapes, more tiles of any size than an H100 has SMs
 WIDE, TALL = (136, 1032), (1032, 136)
 
@@ -136,6 +137,8 @@ def checks():
         yield functools.partial(few_rows, b, 31, damage=damage)
         if b <= 32:
             yield functools.partial(few_rows, b, 39, packs=True, damage=damage)
+    for dtype, (b, shape, density), damage in itertools.product(("bfloat16", "float32"), SHARED, (False, True)):
+        yield functools.partial(products, dtype, b, 300, shape, density=density, damage=damage)
     layers = [
         *(("bfloat16", b, "gelu_tanh") for b in jbs.BLOCK_SIZES),
         *(("float16", 16, activation) for activation in activations.ACTIVATIONS),

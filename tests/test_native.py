@@ -237,7 +237,7 @@ def test_handler_refuses_what_does_not_fit(kind, changes, message, device):
         ("sddmm", {"tiles": np.int32(-1)}, r"tiles not negative"),
         ("sddmm", {"unit": np.int32(8)}, r"unit must be"),
         ("sddmm", {"unit": np.int32(24)}, r"unit must be"),
-        ("sddmm", {"split": np.int32(3)}, r"split 1, 2 or 4"),
+        ("sddmm", {"split": np.int32(6)}, r"split 1 to 5"),
     ],
 )
 def test_cuda_handler_refuses_what_does_not_fit(kind, changes, message):

@@ -65,6 +65,29 @@ def test_pairs_of_tiles_equal_the_dense_product(block_size, shape, density, toke
         assert np.asarray(product(x, dy, pattern)).tobytes() == got.tobytes()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("block_size", "shape", "density", "split"),
+    [
+        (64, (2056, 2056), 0.3, 2),
+        (64, (2056, 2056), 0.1, 3),
+        (32, (4104, 4104), 0.1, 3),
+        (16, (3080, 2056), 0.1, 4),
+        (16, (2056, 2056), 0.1, 5),
+        (32, (2056, 2056), 0.2, 5),
+    ],
+)
+def test_tiles_shared_by_several_equal_the_dense_product(block_size, shape, density, split, dtype):
+    pattern = jbs.patterns.barabasi_albert(shape, block_size, density=density, seed=0)
+    assert sddmm_layout.choose_layout(*shape, block_size, pattern.nnz).split == split
+    x, dy = (cases.normal((300, size), dtype, seed=6) for size in shape)
+    product = jax.jit(functools.partial(jbs.sddmm, implementation="native"))
+    got = np.asarray(product(x, dy, pattern))
+    assert cases.relative_error(got, cases.sampled(cases.wide(x).T @ cases.wide(dy), pattern)) < 4e-3
+    assert np.asarray(product(x, dy, pattern)).tobytes() == got.tobytes()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", cases.BLOCKS + cases.TILES, ids=str)
 def test_16_bit_inputs_can_give_float32(dtype, case, device):

@@ -15,8 +15,11 @@
 namespace jax_blocksparse::sm90 {
 
 // The most units that a tile can have, and the most slabs that it can need. As in sddmm_layout.py.
-constexpr int SddmmCapacity(int unit) { return unit == 16 ? 160 : unit == 32 ? 40 : unit == 64 ? 12 : 3; }
+constexpr int SddmmCapacity(int unit) { return unit == 16 ? 160 : unit == 32 ? 48 : unit == 64 ? 12 : 3; }
 constexpr int SddmmMaxSlabs(int unit) { return unit == 128 ? 4 : unit == 64 ? 13 : 28; }
+
+// The most CTAs that can share a tile's tokens, as a cluster.
+constexpr int kMaxSddmmSplit = 5;
 
 // A batch size of 1 shares an operand between all batch elements.
 struct SddmmParams {
@@ -38,7 +41,7 @@ struct SddmmParams {
   std::int32_t unit;        // 16 to 128, a multiple of the block
   std::int32_t plan_tiles;  // tiles that the plan has room for
   std::int32_t plan_units;  // units that it has room for
-  std::int32_t split;       // CTAs that share a tile's tokens: 1, 2 or 4
+  std::int32_t split;       // CTAs that share a tile's tokens: 1 to kMaxSddmmSplit
   ElementType type;         // of x and dy: kBF16, kF16, or kF32, which is multiplied as TF32
   bool f32_output;          // data is float, else it has the element type
 };

@@ -232,68 +232,57 @@ __device__ __forceinline__ int SumOffset(int row, int col) {
 }
 
 template <typename T>
-__device__ __forceinline__ void StoreEight(T* to, const float4& low, const float4& high) {
-  *reinterpret_cast<uint4*>(to) =
-      uint4{Pack<T>(low.x, low.y), Pack<T>(low.z, low.w), Pack<T>(high.x, high.y), Pack<T>(high.z, high.w)};
+__device__ __forceinline__ void StoreFour(T* to, const float4& four) {
+  *reinterpret_cast<uint2*>(to) = uint2{Pack<T>(four.x, four.y), Pack<T>(four.z, four.w)};
 }
-__device__ __forceinline__ void StoreEight(float* to, const float4& low, const float4& high) {
-  reinterpret_cast<float4*>(to)[0] = low;
-  reinterpret_cast<float4*>(to)[1] = high;
-}
+__device__ __forceinline__ void StoreFour(float* to, const float4& four) { *reinterpret_cast<float4*>(to) = four; }
 
 // Adds up, in the order of ranks, what the CTAs of the cluster have for this CTA's share of the tile's blocks, and
-// writes them. All product warps work on all blocks, eight neighbouring elements a lane; what several of them need from
-// memory is asked for at once.
-template <typename Shape, int kSplit, typename Out>
+// writes them. All product warps work on all blocks, four neighbouring elements a lane; what several of them need from
+// memory is asked for at once, for the first of them before sync() says that all sums are there.
+template <typename Shape, bool kSplit, typename Out, typename Sync>
 __device__ __forceinline__ void StoreBlocks(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
-                                            std::uint32_t sums, Out* data) {
-  constexpr int kUnitBytes = Shape::kUnit * Shape::kUnit * 4, kThreads = kProductWarps * 32;
-  constexpr int kAtOnce = kSplit == 4 ? 2 : 4;
-  const int row_bits = p.block_bits - 3, item_bits = p.block_bits + row_bits;  // items of a row and of a block
-  const int blocks = (tile.last_block - tile.first_block - tile.rank + kSplit - 1) / kSplit;
+                                            std::uint32_t sums, Out* data, const Sync& sync) {
+  constexpr int kUnitBytes = Shape::kUnit * Shape::kUnit * 4, kThreads = kProductWarps * 32, kAtOnce = 8;
+  const int row_bits = p.block_bits - 2, item_bits = p.block_bits + row_bits;  // items of a row and of a block
+  const int blocks = (tile.last_block - tile.first_block - tile.rank + tile.split - 1) / tile.split;
   const int items = blocks << item_bits, ratio = (1 << p.ratio_bits) - 1;
-  data += static_cast<std::int64_t>(tile.batch) * p.nnz << item_bits + 3;
-  for (int first = threadIdx.x; first < items; first += kAtOnce * kThreads) {
-    int block[kAtOnce];
-    std::uint32_t where[kAtOnce];
+  data += static_cast<std::int64_t>(tile.batch) * p.nnz << item_bits + 2;
+  int block[kAtOnce];
+  std::uint32_t where[kAtOnce];
+  const auto look_up = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int item = first + i * kThreads;
-      const std::int64_t at = tile.plan + tile.first_block + tile.rank + (item >> item_bits) * kSplit;
+      const std::int64_t at = tile.plan + tile.first_block + tile.rank + (item >> item_bits) * tile.split;
       block[i] = item < items ? __ldg(p.order + at) : -1;
       where[i] = item < items ? static_cast<std::uint32_t>(__ldg(p.places + at)) : 0;
     }
-    float4 low[kAtOnce][kSplit], high[kAtOnce][kSplit];
+  };
+  look_up(threadIdx.x);
+  sync();
+  for (int first = threadIdx.x; first < items; first += kAtOnce * kThreads) {
+    if (first >= kAtOnce * kThreads) look_up(first);
+    float4 sum[kAtOnce] = {};
+    for (int rank = 0; rank < (kSplit ? tile.split : 1); ++rank) {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int item = first + i * kThreads & (1 << item_bits) - 1;
-      const int row = item >> row_bits, eight = item & (1 << row_bits) - 1;
-      const bool exists = row < (where[i] >> 16 & 31) * 8 && eight < (where[i] >> 21 & 31);
-      const int unit = min(static_cast<int>(where[i] & 0xff), Shape::kCapacity - 1);
-      const int unit_row = (where[i] >> 8 & ratio) << p.block_bits | row;
-      const int unit_col = (where[i] >> 12 & ratio) << p.block_bits | eight * 8;
-      const std::uint32_t address = sums + unit * kUnitBytes + SumOffset<Shape::kUnit>(unit_row, unit_col);
-#pragma unroll
-      for (int rank = 0; rank < kSplit; ++rank) {
-        low[i][rank] = high[i][rank] = float4{};
-        if (!exists) continue;
-        const std::uint32_t from = kSplit == 1 ? address : AddressAt(address, rank);
-        low[i][rank] = kSplit == 1 ? LoadShared16(from) : LoadCluster16(from);
-        high[i][rank] = kSplit == 1 ? LoadShared16(from + 16) : LoadCluster16(from + 16);
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int item = first + i * kThreads & (1 << item_bits) - 1;
+        const int unit = min(static_cast<int>(where[i] & 0xff), Shape::kCapacity - 1);
+        const int unit_row = (where[i] >> 8 & ratio) << p.block_bits | item >> row_bits;
+        const int unit_col = (where[i] >> 12 & ratio) << p.block_bits | (item & (1 << row_bits) - 1) * 4;
+        const std::uint32_t address = sums + unit * kUnitBytes + SumOffset<Shape::kUnit>(unit_row, unit_col);
+        const float4 part = kSplit ? LoadCluster16(AddressAt(address, rank)) : LoadShared16(address);
+        sum[i] = {sum[i].x + part.x, sum[i].y + part.y, sum[i].z + part.z, sum[i].w + part.w};
       }
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (block[i] < 0 || block[i] >= p.nnz) continue;
-      float4 l = low[i][0], h = high[i][0];
-#pragma unroll
-      for (int rank = 1; rank < kSplit; ++rank) {
-        const float4 &more_l = low[i][rank], &more_h = high[i][rank];
-        l = {l.x + more_l.x, l.y + more_l.y, l.z + more_l.z, l.w + more_l.w};
-        h = {h.x + more_h.x, h.y + more_h.y, h.z + more_h.z, h.w + more_h.w};
-      }
       const int item = first + i * kThreads & (1 << item_bits) - 1;
-      StoreEight(data + ((static_cast<std::int64_t>(block[i]) << item_bits | item) << 3), l, h);
+      const int row = item >> row_bits, four = item & (1 << row_bits) - 1;
+      const bool exists = row < (where[i] >> 16 & 31) * 8 && four < (where[i] >> 21 & 31) * 2;
+      StoreFour(data + ((static_cast<std::int64_t>(block[i]) << item_bits | item) << 2), exists ? sum[i] : float4{});
     }
   }
 }
@@ -307,7 +296,7 @@ __device__ void ZeroInert(const SddmmKernelParams& p, const SddmmTile<Shape>& ti
     const int block = __ldg(p.order + tile.plan + i);
     if (block < 0 || block >= p.nnz) continue;
     Out* to = data + (static_cast<std::int64_t>(tile.batch) * p.nnz + block) * area;
-    for (int item = threadIdx.x; item < area / 8; item += blockDim.x) StoreEight(to + item * 8, float4{}, float4{});
+    for (int item = threadIdx.x; item < area / 4; item += blockDim.x) StoreFour(to + item * 4, float4{});
   }
 }
 
@@ -363,14 +352,11 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
       SyncThreads(1, kProductWarps * 32);
     }
   };
-  sync();
   const auto store = [&](auto* data) {
     if (tile.split == 1) {
-      StoreBlocks<Shape, 1>(p, tile, ring_bytes, data);
-    } else if (tile.split == 2) {
-      StoreBlocks<Shape, 2>(p, tile, ring_bytes, data);
+      StoreBlocks<Shape, false>(p, tile, ring_bytes, data, sync);
     } else {
-      StoreBlocks<Shape, 4>(p, tile, ring_bytes, data);
+      StoreBlocks<Shape, true>(p, tile, ring_bytes, data, sync);
     }
   };
   if (p.f32_output) {

@@ -17,6 +17,7 @@ struct SmallConsumers {
   using Shape = SddmmShape<T, kUnit, 32>;
   static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
   static constexpr int kSteps = kUnit / 16;                            // products along a unit's side
+  static constexpr int kTogether = kUnit == 16 ? 2 : 1;                // units between looks at how many there are
   static_assert(kUnit == 16 || kUnit == 32);
   static_assert(Shape::kCapacity % kProductWarps == 0 && kMostUnits <= 32);
   static_assert(kRingBytes / 16 <= 1 << 16, "an address in a stage fits 16 bits, in pieces of 16 bytes");
@@ -24,7 +25,8 @@ struct SmallConsumers {
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
     const int lane = threadIdx.x % 32;
-    const int first = warp * tile.units / kProductWarps, count = (warp + 1) * tile.units / kProductWarps - first;
+    const int share = warp % 4 * 2 + warp / 4;  // neighbours are on the same quarter of the SM: quarters get equal work
+    const int first = share * tile.units / kProductWarps, count = (share + 1) * tile.units / kProductWarps - first;
 
     // Where this lane's row of each unit's first 16 x 16 piece lies in a stage, in pieces of 16 bytes: x in the lower
     // half of a word, dy in the upper. Of x come first the matrices of tokens 0 to 7, of dy those of features 0 to 7:
@@ -35,14 +37,14 @@ struct SmallConsumers {
       return unit / kPerPanel * (Shape::kPanelBytes / 16) + token * 8 + (eighth ^ token % 8);
     };
     std::uint32_t places[kMostUnits];
-    std::uint32_t starts = 0;  // bit i: unit i has another row of units than the one before
-    int last = -1;
+    // Bit i: unit i has another row of units than the one before. Found by a lane's own places: the compiler would keep
+    // what it knows to be the same for all lanes in a uniform register, and stall on the way back to predicates.
+    std::uint32_t starts = 0;
 #pragma unroll
     for (int i = 0; i < kMostUnits; ++i) {
       const int2 slot = i < count ? tile.Slot(p, first + i) : int2{};
       places[i] = address(slot.x, lane % 8 + lane / 16 * 8, lane / 8 % 2) | address(slot.y, lane % 16, lane / 16) << 16;
-      if (slot.x != last) starts |= 1u << i;
-      last = slot.x;
+      if (i == 0 || ((places[i] ^ places[i - 1]) & 0xffff) != 0) starts |= 1u << i;
     }
     starts = __shfl_sync(kAllLanes, starts, 0);
 
@@ -66,7 +68,7 @@ struct SmallConsumers {
         load_dy(0);
 #pragma unroll
         for (int i = 0; i < kMostUnits; ++i) {
-          if (i % 2 == 0 && i >= count) break;  // units beyond the last are multiplied, but not kept
+          if (i % kTogether == 0 && i >= count) break;  // units beyond the last are multiplied, but not kept
           if (i + 1 < kMostUnits) load_dy(i + 1);
 #pragma unroll
           for (int m = 0; m < kSteps; ++m) {

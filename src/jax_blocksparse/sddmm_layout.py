@@ -11,11 +11,11 @@ import jax
 
 from jax_blocksparse.geometry import block_grid
 
-CAPACITY = {16: 160, 32: 40, 64: 12, 128: 3}
+CAPACITY = {16: 160, 32: 48, 64: 12, 128: 3}
 """By unit: the number that a tile can have. As in sddmm.h."""
 MAX_SLABS = {16: 28, 32: 28, 64: 13, 128: 4}
 """By unit: the number of slabs that a tile can need. As in sddmm.h."""
-_SLAB_COST = {16: 3, 32: 3, 64: 1, 128: 1}
+_SLAB_COST = {16: 2, 32: 2, 64: 1, 128: 1}
 """By unit: how many units take as long to multiply as it takes to copy a slab, about."""
 
 
@@ -31,7 +31,7 @@ class SddmmLayout:
       unit: features of a unit's side, 16 to 128; a multiple of the block size.
       strip: features of dy in a strip, a multiple of `slab`; for units of 64 and 128 the kernels want one slab.
       target: the number of tiles aimed at.
-      split: the number of CTAs that share a tile, each taking its part of the tokens: 1, 2 or 4.
+      split: the number of CTAs that share a tile, each taking its part of the tokens: 1 to 5.
       whole_rows: whether tiles end between rows of slabs, so that they need the fewest slabs, and are even in units and
         slabs together; else they all have as many units.
     """
@@ -97,6 +97,16 @@ class SddmmLayout:
         return -(-self.in_features // self.slab)
 
     @property
+    def piece(self) -> int:
+        """The most units of a row of slabs that only together go into a tile."""
+        return max(1, self.capacity // 16)
+
+    @property
+    def pieces(self) -> int:
+        """As many such pieces as any pattern can have."""
+        return min(self.max_units, self.strips * self.slab_rows + self.max_units // self.piece)
+
+    @property
     def row_cost(self) -> int:
         """What a row of slabs adds to the size of a tile besides its units."""
         return _SLAB_COST[self.unit] if self.whole_rows else 0
@@ -116,14 +126,14 @@ class SddmmLayout:
     @property
     def tiles(self) -> int:
         """As many tiles as any pattern can take."""
-        units = self.max_units
-        rows = min(units, self.strips * self.slab_rows)
-        tiles = min(units, max(self.target, (units + rows * self.row_cost) // self.max_size + self.strips))
-        if self.whole_rows:  # tiles are cut where they get too many units
-            tiles += units // self.capacity
-        if self.max_x_slabs < self.capacity:  # or need too many slabs
+        units, rows = self.max_units, min(self.max_units, self.strips * self.slab_rows)
+        if self.whole_rows:  # but for a strip's last, a tile has no room for a piece more, or as many slabs as can be
+            full, most = units // (self.capacity - self.piece + 1) + self.strips, self.max_x_slabs
+            return min(units, max(self.target, (full * most + rows) // max(1, most - 1)))
+        tiles = max(self.target, units // self.capacity + self.strips)
+        if self.max_x_slabs < self.capacity:  # tiles are cut that need too many slabs
             tiles += (rows + tiles) // self.max_x_slabs
-        return tiles
+        return min(units, tiles)
 
     @property
     def shapes(self) -> "SddmmPlan":
@@ -160,14 +170,14 @@ class SddmmPlan(NamedTuple):
     places: jax.Array
 
 
-_CLUSTERS = {1: 132, 2: 66, 4: 30}
+_CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22}
 """By the number of CTAs that share a tile: clusters that an H100 runs at a time."""
 
 # Microseconds that a tile of 8192 tokens takes, measured on an H100, by unit.
 _START = {16: 15.0, 32: 25.0, 64: 45.0, 128: 28.0}
-_COPY = {16: 14.0, 32: 14.0, 64: 9.0, 128: 18.0}  # of a slab
+_COPY = {16: 14.0, 32: 12.0, 64: 9.0, 128: 18.0}  # of a slab
 _CROWDED = 14.0  # each slab of units of 64 beyond nine takes besides: stages get large, and few fit
-_MULTIPLY = {16: 2.1, 32: 4.9, 64: 9.3, 128: 32.0}  # of a unit
+_MULTIPLY = {16: 2.1, 32: 4.95, 64: 9.3, 128: 32.0}  # of a unit
 
 
 @functools.cache
@@ -208,20 +218,26 @@ def _expected_time(layout: SddmmLayout) -> float:
     in_row = per_slab**2 * dy_slabs  # units of a row of slabs
     rows = layout.slab_rows * (1 - (1 - density) ** in_row)  # that a strip needs
     units = layout.slab_rows * in_row * density
-    tiles = max(1, layout.target // layout.strips, math.ceil(units / layout.capacity))  # of a strip
+    strips = layout.out_features / layout.strip
     if layout.whole_rows:
-        x_slabs = math.ceil(rows / tiles)
-        units *= x_slabs / max(rows, 1e-9)
-        units += 1.75 * math.sqrt(units * (1 - density))  # in the fullest tile
+        room = layout.capacity - layout.piece
+        tiles = sum(math.ceil(part * units / room) for part in [1] * int(strips) + [strips % 1])
+        if tiles > layout.target:
+            return math.inf
+        units = min(layout.capacity, units * strips / layout.target + in_row * density)  # in the fullest
+        x_slabs = 1.1 * rows * strips / layout.target
+        dy_slabs *= 0.9  # not all of a strip's meet the tile's rows
     else:
+        tiles = max(1, layout.target // layout.strips, math.ceil(units / layout.capacity))  # of a strip
         units = math.ceil(units / tiles)
         x_slabs = rows / tiles + (1 if tiles > 1 else 0)
         x_slabs += 2 * math.sqrt(units * (1 - density)) / max(1.0, in_row * density)  # where rows are emptiest
         x_slabs = min(x_slabs, units)
     if units > layout.capacity or x_slabs > layout.max_x_slabs:
         return math.inf
-    waves = math.ceil(layout.strips * tiles / _CLUSTERS[layout.split])
+    waves = math.ceil((layout.target if layout.whole_rows else layout.strips * tiles) / _CLUSTERS[layout.split])
     copy, multiply = _COPY[layout.unit] * (x_slabs + dy_slabs), _MULTIPLY[layout.unit] * units
     if layout.unit == 64:
         copy += _CROWDED * max(0, x_slabs + dy_slabs - 9)
-    return waves * (_START[layout.unit] + max(copy, multiply) / layout.split)
+    busy = max(copy, multiply) + 0.02 * min(copy, multiply)  # what goes on behind the longer one is not quite free
+    return waves * (_START[layout.unit] + busy / layout.split)

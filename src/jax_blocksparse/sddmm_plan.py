@@ -54,28 +54,15 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     new_unit = live & changes(xp, key)
     number = xp.cumsum(new_unit) - 1
 
-    # Tiles of a strip: as even as possible, and as small as the target allows.
-    before = xp.searchsorted(key, xp.arange(strips + 1) * (height * width))
-    before = xp.concatenate([xp.zeros(1, number.dtype), number + 1])[before]
+    # Tiles of a strip.
     x_slab = unit_row // per_slab
     new_slab = live & (changes(xp, strip) | changes(xp, x_slab))
-    rows_of_strip = sum_at(xp, strip, new_slab, strips)
-    counts = before[1:] - before[:-1] + layout.row_cost * rows_of_strip
-    sizes = xp.arange(1, layout.max_size + 1)
-    fits = (-(-counts // sizes[:, None])).sum(1) <= layout.target
-    size = xp.where(fits.any(), xp.argmax(fits) + 1, layout.max_size)
-    size = xp.maximum(1, -(-counts // xp.maximum(1, -(-counts // size))))
-    row = xp.maximum(0, xp.cumsum(new_slab) - 1)
-    row_in_strip = row - (xp.cumsum(rows_of_strip) - rows_of_strip)[strip]
-    place = 2 * (number - before[strip] + layout.row_cost * row_in_strip)
-    if layout.whole_rows:  # the middle of the row decides
-        units_of_row = sum_at(xp, row, new_unit, layout.nnz)
-        place = place[last_flagged(xp, new_slab)] + units_of_row[row] + layout.row_cost
-    new_tile = live & (changes(xp, strip) | changes(xp, place // (2 * size[strip])))
+    if layout.whole_rows:
+        new_tile = _tiles_of_rows(xp, strip, new_slab, new_unit, layout)
+    else:
+        new_tile = _tiles_of_units(xp, strip, new_unit, layout)
 
-    # A tile with too many units, or that needs too many slabs of x, is cut.
-    slot = number - number[last_flagged(xp, new_tile)]
-    new_tile = new_tile | (new_unit & (slot % layout.capacity == 0))
+    # A tile that needs too many slabs of x is cut.
     new_slab = new_slab | new_tile
     x_rank = xp.cumsum(new_slab)
     x_rank = x_rank - x_rank[last_flagged(xp, new_tile)]
@@ -114,6 +101,82 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     places = slot | rows % ratio << 8 | cols % ratio << 12 | rows_left << 16 | cols_left << 21
     plan = SddmmPlan(tiles, slabs, slots, order, xp.where(live, places, 0))
     return SddmmPlan(*(xp.reshape(a, shape).astype(np.int32) for a, shape in zip(plan, layout.shapes, strict=True)))
+
+
+def _tiles_of_units(xp: ModuleType, strip: jax.Array, new_unit: jax.Array, layout: SddmmLayout) -> jax.Array:
+    """Where tiles begin that all have as many units, as few as the target allows."""
+    counts = sum_at(xp, strip, new_unit, layout.strips)
+    sizes = xp.arange(1, layout.capacity + 1)
+    fits = (-(-counts // sizes[:, None])).sum(1) <= layout.target
+    size = xp.where(fits.any(), xp.argmax(fits) + 1, layout.capacity)
+    size = xp.maximum(1, -(-counts // xp.maximum(1, -(-counts // size))))
+    number = xp.cumsum(new_unit) - 1 - (xp.cumsum(counts) - counts)[strip]  # in the strip
+    return new_unit & (changes(xp, strip) | changes(xp, number // size[strip]))
+
+
+def _tiles_of_rows(
+    xp: ModuleType, strip: jax.Array, new_slab: jax.Array, new_unit: jax.Array, layout: SddmmLayout
+) -> jax.Array:
+    """Where tiles begin that end between rows of slabs, or pieces of long ones.
+
+    Each takes pieces of its strip until the next one would make it larger than any may be, which is as small as the
+    target allows. Size is units and `row_cost` for each piece.
+    """
+    pieces = layout.pieces
+    number = xp.cumsum(new_unit)
+    new_piece = new_unit & ((number - number[last_flagged(xp, new_slab)]) % layout.piece == 0)
+    piece = xp.cumsum(new_piece) - 1
+    of_piece = xp.where(piece < 0, pieces, piece)
+    units, slabs = sum_at(xp, of_piece, new_unit, pieces), sum_at(xp, of_piece, new_slab, pieces)
+    strip_of_piece = put_at(xp, xp.where(new_piece, piece, pieces), strip, pieces)
+    pieces_of_strip = sum_at(xp, strip, new_piece, layout.strips)
+    ends_of_strips = xp.pad(xp.cumsum(pieces_of_strip), (1, 0))
+    index = xp.arange(pieces)
+    exists = index < ends_of_strips[-1]
+    starts = exists & changes(xp, strip_of_piece)
+
+    # Where the tile that begins with a piece ends at the latest.
+    cost = units + layout.row_cost * slabs
+    last_cost, last_units, last_slab = xp.cumsum(cost), xp.cumsum(units), xp.cumsum(slabs)
+    full = xp.searchsorted(last_units, last_units - units + layout.capacity, side="right")
+    full = xp.minimum(full, xp.searchsorted(last_slab, last_slab + layout.max_x_slabs - 1, side="right"))
+    full = xp.minimum(full, ends_of_strips[1:][strip_of_piece])
+
+    def begins(sizes: jax.Array, most: int) -> jax.Array:
+        """For rows of sizes, the same for all pieces or one for each; of each strip at least the first `most` tiles."""
+        tries = sizes.shape[0]
+        ends = xp.minimum(xp.searchsorted(last_cost, last_cost - cost + sizes, side="right"), full)
+        ends = xp.pad(xp.where(exists, xp.maximum(ends, index + 1), pieces), ((0, 0), (0, 1)), constant_values=pieces)
+        ends = (ends + xp.arange(tries)[:, None] * (pieces + 1)).ravel()
+        flags = xp.tile(xp.pad(starts, (0, 1)), tries)
+        for _ in range(most.bit_length()):  # each time twice as many tiles
+            flags = flags | (put_at(xp, xp.where(flags, ends, flags.size), xp.ones_like(ends), flags.size) > 0)
+            ends = ends[ends]
+        return flags.reshape(tries, pieces + 1)[:, :pieces]
+
+    # The least size that the target allows, found to an eighth, then to a 64th.
+    tries = xp.arange(8)
+    size = least = xp.maximum(1, -(-last_cost[-1] // layout.target))
+    fitting = xp.full_like(least, layout.max_size)
+    for fraction in (8, 64):
+        sizes = size + xp.maximum(1, least // fraction) * tries
+        fits = begins(sizes[:, None], layout.target).sum(1) <= layout.target
+        first = xp.argmax(fits)
+        fitting = xp.where(fits.any(), sizes[first], fitting)
+        size = sizes[xp.where(fits.any(), xp.maximum(first - 1, 0), 7)]
+
+    # For each strip the least that takes no more tiles.
+    def in_strips(flags: jax.Array) -> jax.Array:
+        total = xp.pad(xp.cumsum(flags, -1), ((0, 0), (1, 0)))
+        return xp.diff(total[:, ends_of_strips], axis=-1)
+
+    tiles = in_strips(begins(fitting[None, None], pieces))[0]
+    cost_of_strip = xp.diff(xp.pad(last_cost, (1, 0))[ends_of_strips])
+    least = xp.minimum(fitting, -(-cost_of_strip // xp.maximum(1, tiles)))
+    sizes = least + -(-(fitting - least) * xp.arange(9)[:, None] // 8)
+    fits = in_strips(begins(sizes[:, strip_of_piece], pieces)) <= tiles
+    size = xp.take_along_axis(sizes, xp.argmax(fits, 0)[None], 0)[0]
+    return new_piece & begins(size[None, strip_of_piece], pieces)[0, piece]
 
 
 def _sorted_rows(
