@@ -45,9 +45,9 @@ def test_float32_is_as_precise_as_asked_for(case, precision, device):
     ("block_size", "shape", "density", "tokens"),
     [
         (128, (2056, 2056), 0.5, 300),
-        (64, (3080, 1032), 0.25, 300),
+        (64, (3080, 1544), 0.5, 300),
         (32, (3080, 2056), 0.5, 300),
-        (16, (3080, 3080), 0.25, 300),
+        (16, (4104, 3080), 0.25, 300),
         (16, (2056, 2056), 0.5, 300),  # in units of 128
         (64, (16392, 1032), 0.5, 70),  # walks strips together
     ],
@@ -71,7 +71,6 @@ def test_pairs_of_tiles_equal_the_dense_product(block_size, shape, density, toke
     ("block_size", "shape", "density", "split"),
     [
         (64, (2056, 2056), 0.3, 2),
-        (64, (2056, 2056), 0.1, 3),
         (32, (4104, 4104), 0.1, 3),
         (16, (3080, 2056), 0.1, 4),
         (16, (2056, 2056), 0.1, 5),

@@ -104,7 +104,7 @@ class SddmmLayout:
     @property
     def pieces(self) -> int:
         """As many such pieces as any pattern can have."""
-        return min(self.max_units, self.strips * self.slab_rows + self.max_units // self.piece)
+        return max(1, min(self.max_units, self.strips * self.slab_rows + self.max_units // self.piece))
 
     @property
     def row_cost(self) -> int:
@@ -196,14 +196,15 @@ def _layouts(in_features: int, out_features: int, block_size: int, nnz: int) -> 
     for unit in sorted({max(16, block_size), 128}):
         slab = max(64, unit)
         dy_slabs = -(-out_features // slab)
-        widest = 1 if unit >= 64 else MAX_SLABS[unit] - 1  # of large units the kernels want strips of one slab
+        # Of large units the kernels want strips of one slab, whose rows are units.
+        widest, kinds = (1, (False,)) if unit >= 64 else (MAX_SLABS[unit] - 1, (False, True))
         for width in range(1, min(widest, dy_slabs) + 1):
             if 0 < dy_slabs % width < 0.75 * width:
                 continue  # the last strip would be much narrower
             for split, clusters in _CLUSTERS.items():
                 if unit == 128 and split > 1:
                     continue  # never faster, as measured
-                for waves, whole_rows in itertools.product((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), (False, True)):
+                for waves, whole_rows in itertools.product((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), kinds):
                     target = waves * clusters
                     yield SddmmLayout(
                         in_features, out_features, block_size, nnz, unit, width * slab, target, split, whole_rows
