@@ -41,6 +41,7 @@ struct SmallTile {
                 "there are products, and boxes of copies, for these");
   static_assert(kTokens * kWarpgroups <= 512, "the sums fit into registers");
   static_assert(kFullCapacity <= 256, "eight bits of a mask's first position");
+  static_assert(kChunk == 64, "four bits of a mask are about 16 depths each");
 
   // A chunk of x, the blocks that meet it, a block of zeros.
   static constexpr int StageBytes(int capacity) {
@@ -48,8 +49,9 @@ struct SmallTile {
   }
 };
 
-// What a warp needs to know about a step of a group, in one word, and how it gathers A by it. It is made from two words
-// of the plan's masks, that of the slice in which the warp's 16 features are and one that all warps of the group read:
+// What a warp needs to know about its 16 features in a step, in one word, and how it gathers A by it. It is made from
+// the word of their slice in the plan's masks. Which products there are is up to one that all warps of the group read.
+// Such words say:
 //   bits 0-15: the blocks present, by row of the chunk and, for blocks of 8, column of the slice
 //   bits 16-19: for each 16 depths, whether the group has any block there
 //   bits 20-: the position, among the blocks of the step, of the first of the slice
@@ -57,8 +59,8 @@ struct SmallTile {
 constexpr std::uint32_t kPresenceMask = 0xffff;
 constexpr int kDepthsShift = 16, kPositionShift = 20;
 
-// Bits 28-31: for each 16 depths, whether the group has any block there. Bits 7*r to 7*r+6: the position of the block
-// in row r of the chunk; an absent one is read from the block of zeros that follows the last.
+// Bits 7*r to 7*r+6: the position of the block in row r of the chunk; an absent one is read from the block of zeros
+// that follows the last.
 template <typename T, int kBlock>
 struct StepWord {
   static constexpr int kPieceBytes = 16 * kDepthBytes;  // of W: 16 features x what a product takes of their depth
@@ -66,8 +68,8 @@ struct StepWord {
   static constexpr int kRows = kChunk / kBlock;
   static_assert(kRows <= 4 && 256 * kChunk / (kBlock * kBlock) < 128, "four positions of seven bits");
 
-  static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, std::uint32_t common, int capacity) {
-    std::uint32_t word = common >> kDepthsShift << 28;
+  static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, int capacity) {
+    std::uint32_t word = 0;
     int position = static_cast<int>(own >> kPositionShift);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -78,17 +80,12 @@ struct StepWord {
     return word;
   }
 
-  static __device__ __forceinline__ bool IsOccupied(std::uint32_t word, int depth) {
-    return word >> (28 + depth / kBlock * (kBlock / 16)) & 1;  // a block's depths are occupied together
-  }
-
-  // For one product, which begins at this depth of the chunk. `blocks` is where the lane finds its part of the first
-  // block.
-  static __device__ __forceinline__ void Gather(std::uint32_t (&a)[4], std::uint32_t word, int depth,
+  // For one product, if it is to be, which begins at this depth of the chunk. `blocks` is where the lane finds its part
+  // of the first block.
+  static __device__ __forceinline__ void Gather(bool is_to_be, std::uint32_t (&a)[4], std::uint32_t word, int depth,
                                                 std::uint32_t blocks) {
     const std::uint32_t position = word >> (7 * (depth / kBlock)) & 127;
-    LoadShared16If(IsOccupied(word, depth), a,
-                   blocks + position * kBlockBytes + depth % kBlock / kDepth<T> * kPieceBytes);
+    LoadShared16If(is_to_be, a, blocks + position * kBlockBytes + depth % kBlock / kDepth<T> * kPieceBytes);
   }
 
   static __device__ __forceinline__ int OffsetOfLane(int warp, int lane) {
@@ -96,21 +93,17 @@ struct StepWord {
   }
 };
 
-// The plan's own words, their positions made safe: sixteen blocks are too many for the other form.
+// The plan's own word, its position made safe: sixteen blocks are too many for the other form.
 template <typename T>
 struct StepWord<T, 8> {
-  static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, std::uint32_t common, int capacity) {
+  static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, int capacity) {
     const auto last = static_cast<std::uint32_t>(max(0, capacity - __popc(own & kPresenceMask)));
-    return (own & kPresenceMask) | (common & 0xf0000) | min(own >> kPositionShift, last) << kPositionShift;
+    return (own & kPresenceMask) | min(own >> kPositionShift, last) << kPositionShift;
   }
 
-  static __device__ __forceinline__ bool IsOccupied(std::uint32_t word, int depth) {
-    return word >> (kDepthsShift + depth / 16) & 1;
-  }
-
-  static __device__ __forceinline__ void Gather(std::uint32_t (&a)[4], std::uint32_t word, int depth,
+  static __device__ __forceinline__ void Gather(bool is_to_be, std::uint32_t (&a)[4], std::uint32_t word, int depth,
                                                 std::uint32_t blocks) {
-    if (!IsOccupied(word, depth)) return;
+    if (!is_to_be) return;
     constexpr int kBlocks = kDepth<T> / 8 * 2;  // of a product
     constexpr int kLaneBytes = 2 * sizeof(T);   // of a block
 #pragma unroll
@@ -211,10 +204,11 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
     for (int round = 1; tile.steps >= 0; ++round) {
       const Tile following = tiles.Load(round);
       float sum[S::kTokens / 2] = {};
-      int i = 0;                   // the step
-      std::uint32_t window = 0;    // the words of 32 steps, one in each lane
-      std::uint32_t occupied = 0;  // a bit for each of them: whether the group has any block there
-      std::uint32_t held = 0;      // the barrier of the stage that products under way still read, if any
+      int i = 0;                 // the step
+      std::uint32_t window = 0;  // the words of 32 steps, one in each lane
+      // For each 16 depths a bit for each of these steps: whether the group has any block there.
+      std::uint32_t occupied[kChunk / 16] = {};
+      std::uint32_t held = 0;  // the barrier of the stage that products under way still read, if any
       const auto finish = [&] {
         WaitForProducts<0>();
         if (held != 0) release(held);
@@ -228,15 +222,18 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
           if (i % 32 == 0) {
             WaitForWords();
             const uint2 next = LoadShared8(words);
-            window = Word::Make(next.x, next.y, p.capacity);
-            occupied = __ballot_sync(kAllLanes, next.y >> kDepthsShift & 15);
+            window = Word::Make(next.x, p.capacity);
+#pragma unroll
+            for (int k = 0; k < kChunk / 16; ++k) {
+              occupied[k] = __ballot_sync(kAllLanes, next.y >> (kDepthsShift + k) & 1);
+            }
             i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
           }
           if (!ring.IsFull()) {
             finish();  // a stage is not held while waiting for copies
             ring.WaitFull();
           }
-          if (occupied >> i % 32 & 1) return true;
+          if ((occupied[0] | occupied[1] | occupied[2] | occupied[3]) >> i % 32 & 1) return true;
           release(ring.empty());
           ring.Advance();
         }
@@ -248,16 +245,25 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
       // Takes a part of the step that was found, by the registers `a`; the products of the last part may still run and
       // read `last_a`.
       const auto multiply = [&](int part, Fragments& a, Fragments& last_a) {
-        if (part == 0) word = __shfl_sync(kAllLanes, window, i % 32);
+        // The compiler must not see that this is the same in all lanes: it would use uniform registers, which take
+        // longer.
+        if (part == 0) word = __shfl_sync(kAllLanes, window, i + lane * 32);
+        const int first = part * kRowElements<T>;
+        bool takes[kProducts];
+#pragma unroll
+        for (int k = 0; k < kProducts; ++k) {
+          takes[k] = occupied[(first + k / S::kRun * S::kRun * kDepth<T>) / 16] >> i % 32 & 1;
+        }
         if constexpr (!S::kGathersAhead) {
           finish();
           KeepRegisters(sum);
           KeepRegisters(a);
         }
-        const int depth = part * kRowElements<T>;
         const std::uint32_t stage = stages + ring.stage() * stage_bytes;
 #pragma unroll
-        for (int k = 0; k < kProducts; ++k) Word::Gather(a[k], word, depth + k * kDepth<T>, stage + lane_blocks);
+        for (int k = 0; k < kProducts; ++k) {
+          Word::Gather(takes[k], a[k], word, first + k * kDepth<T>, stage + lane_blocks);
+        }
         if constexpr (S::kGathersAhead) {
           finish();
           KeepRegisters(sum);
@@ -272,7 +278,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
         const std::uint64_t tokens = OperandDescriptor(stage + part * S::kPartBytes);
 #pragma unroll
         for (int k = 0; k < kProducts; k += S::kRun) {
-          if (!Word::IsOccupied(word, depth + k * kDepth<T>)) continue;
+          if (!takes[k]) continue;
           FenceProducts();
 #pragma unroll
           for (int r = k; r < k + S::kRun; ++r) MultiplyRegisters<T>(sum, a[r], tokens + r * kDepthStepKMajor);
@@ -280,7 +286,10 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
         }
       };
 
-      if (tile.steps == 0) load(following, 0);
+      if (tile.steps == 0) {
+        WaitForWords();  // no copy may follow another one to the same place unawaited
+        load(following, 0);
+      }
       float2 biases;
       if constexpr (S::kGathersAhead) {
         Fragments even = {}, odd = {};
