@@ -227,11 +227,13 @@ cudaError_t LaunchSkinnyTile(SkinnyParams params, bool has_clusters, int sm_coun
   const std::int64_t average = CeilDiv(p.nnz, columns), longest = CeilDiv(p.in_features, Tile::kBlock);
 
   // Sharing a list takes about as long as a column of so many units. Even patterns, which are not known here, must not
-  // suffer: clusters need room for sums, which warps and L1 (packed x) would miss. Slices would share one by one.
+  // suffer: clusters need room for sums, which many tokens and L1 (packed x) have none of. Slices would share one by
+  // one.
+  constexpr bool kMayShare = Tile::kSlices == 1 && Tile::kTokens <= (Tile::kBlock < 32 ? 16 : 32);
   constexpr int kWorthwhile = (Tile::kTokens < 32 ? 64 : 32) * Tile::kPieces / Tile::kParts;
   params.kept = static_cast<int>(std::max<std::int64_t>(average, kWorthwhile));
-  const bool shares = has_clusters && Tile::kTokens <= 32 && Tile::kSlices == 1 && !params.x.is_packed &&
-                      columns >= kClusterCtas && longest > std::int64_t{3} * params.kept;
+  const bool shares = kMayShare && has_clusters && !params.x.is_packed && columns >= kClusterCtas &&
+                      longest > std::int64_t{3} * params.kept;
   if (!shares) params.kept = std::numeric_limits<int>::max();
 
   const dim3 grid(CeilDiv(p.tokens, Tile::kTokens),
