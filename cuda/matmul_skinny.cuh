@@ -145,9 +145,9 @@ __device__ __forceinline__ void AddUpCluster(float* shared_sums, int splits, boo
   SyncCluster();
   if (is_owner) {
     for_each_vector([&](float* at) {
-      float4 sum = LoadOfCluster16(at, 0);
+      float4 sum = LoadOfCluster16(SharedAddress(at), 0);
 #pragma unroll
-      for (int cta = 1; cta < kClusterCtas; ++cta) sum = sum + LoadOfCluster16(at, cta);
+      for (int cta = 1; cta < kClusterCtas; ++cta) sum = sum + LoadOfCluster16(SharedAddress(at), cta);
       *reinterpret_cast<float4*>(at + splits * kRing) = sum;
     });
   }

@@ -92,14 +92,14 @@ __device__ __forceinline__ void WaitForPrerequisites() {
 }
 
 // From the same place in the shared memory of CTA `rank` of the cluster.
-__device__ __forceinline__ float4 LoadOfCluster16(const float* from, std::uint32_t rank) {
+__device__ __forceinline__ float4 LoadOfCluster16(std::uint32_t from, int rank) {
   float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, "
       "[remote];}"
       : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-      : "r"(SharedAddress(from)), "r"(rank)
+      : "r"(from), "r"(rank)
       : "memory");
 #endif
   return value;

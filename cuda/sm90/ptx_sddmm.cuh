@@ -19,22 +19,6 @@ __device__ __forceinline__ void StoreShared4(std::uint32_t to, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
-// Where CTA `rank` of the cluster has what this CTA has at an address in shared memory.
-__device__ __forceinline__ std::uint32_t AddressAt(std::uint32_t address, int rank) {
-  std::uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  return remote;
-}
-
-__device__ __forceinline__ float4 LoadCluster16(std::uint32_t from) {
-  float4 value;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(from)
-               : "memory");
-  return value;
-}
-
 __device__ __forceinline__ float4 LoadShared16(std::uint32_t from) {
   float4 value;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

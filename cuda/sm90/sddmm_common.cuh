@@ -272,7 +272,7 @@ __device__ __forceinline__ void StoreBlocks(const SddmmKernelParams& p, const Sd
         const int unit_row = (where[i] >> 8 & ratio) << p.block_bits | item >> row_bits;
         const int unit_col = (where[i] >> 12 & ratio) << p.block_bits | (item & (1 << row_bits) - 1) * 4;
         const std::uint32_t address = sums + unit * kUnitBytes + SumOffset<Shape::kUnit>(unit_row, unit_col);
-        const float4 part = kSplit ? LoadCluster16(AddressAt(address, rank)) : LoadShared16(address);
+        const float4 part = kSplit ? LoadOfCluster16(address, rank) : LoadShared16(address);
         sum[i] = {sum[i].x + part.x, sum[i].y + part.y, sum[i].z + part.z, sum[i].w + part.w};
       }
     }
