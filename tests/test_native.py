@@ -13,7 +13,8 @@ import pytest
 
 import jax_blocksparse as jbs
 from jax_blocksparse import sddmm_layout
-from jax_blocksparse.plan import choose_layout, flat_size
+from jax_blocksparse.arrays import flat_size
+from jax_blocksparse.plan import choose_layout
 
 TESTS = Path(__file__).parent
 

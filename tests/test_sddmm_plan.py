@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_blocksparse import patterns
-from jax_blocksparse.plan import flat_size
+from jax_blocksparse.arrays import flat_size
 from jax_blocksparse.sddmm_layout import SddmmLayout, choose_layout
 from jax_blocksparse.sddmm_plan import make_flat_plan, make_plan
 

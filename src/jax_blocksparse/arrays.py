@@ -1,13 +1,16 @@
-"""What plans need of arrays and NumPy and jax.numpy do differently. `xp` is one of the two."""
+"""What plans need of arrays, much of it different in NumPy and jax.numpy. `xp` is one of the two."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 _State = TypeVar("_State")
+
+_ALIGNMENT = 4  # integers: the kernels read four at a time
 
 
 def order_by(xp: ModuleType, major: jax.Array, minor: jax.Array, minors: int) -> jax.Array:
@@ -58,3 +61,13 @@ def repeat(xp: ModuleType, times: int, step: Callable[[_State], _State], state: 
     for _ in range(times):
         state = step(state)
     return state
+
+
+def flat_size(layout: Any) -> int:
+    """The number of integers in a flat plan with the lists of `layout.shapes`."""
+    return sum(-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in layout.shapes)
+
+
+def flatten(lists: Sequence[jax.Array], xp: ModuleType) -> jax.Array:
+    """Puts lists one after the other, each padded to a multiple of 16 bytes."""
+    return xp.concatenate([xp.pad(each.ravel(), (0, -each.size % _ALIGNMENT)) for each in lists])

@@ -12,9 +12,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_blocksparse import plan, sddmm_layout, sddmm_plan
-from jax_blocksparse.arrays import order_by
+from jax_blocksparse.arrays import flat_size, order_by
 from jax_blocksparse.geometry import block_grid, check_block_size, check_geometry, is_live
-from jax_blocksparse.plan import PlanLayout, flat_size
+from jax_blocksparse.plan import PlanLayout
 from jax_blocksparse.sddmm_layout import SddmmLayout
 
 INDEX_NAMES = ("rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order", "y_plan", "dx_plan", "dw_plan")

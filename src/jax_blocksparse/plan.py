@@ -10,14 +10,13 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jax_blocksparse.arrays import count_at, order_by, sum_at
+from jax_blocksparse.arrays import count_at, flatten, order_by, sum_at
 from jax_blocksparse.geometry import block_grid, is_live
 from jax_blocksparse.grouping import Arrangement, arrange
 
@@ -29,7 +28,6 @@ GROUP = 64
 
 _DEPTH = 16  # input features of one product
 _LARGE_TILE = 128  # output features of a tile of large blocks, so that those of a block of 128 are together
-_ALIGNMENT = 4  # integers: the kernels read four at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +162,6 @@ def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int
     return PlanLayout(in_features, out_features, block_size, nnz, tile_features, capacity)
 
 
-def flat_size(layout: Any) -> int:
-    """The number of integers in a flat plan with the lists of `layout.shapes`."""
-    return sum(-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in layout.shapes)
-
-
 def make_flat_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: ModuleType) -> jax.Array:
     """Makes the plan of a pattern as the one array that the kernels take.
 
@@ -182,11 +175,6 @@ def make_flat_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: Mod
       (flat_size(layout),) int32, the lists of a `Plan` one after the other, each padded to a multiple of 16 bytes.
     """
     return flatten(make_plan(rows, cols, layout, xp), xp)
-
-
-def flatten(lists: Sequence[jax.Array], xp: ModuleType) -> jax.Array:
-    """Puts lists one after the other, each padded to a multiple of 16 bytes."""
-    return xp.concatenate([xp.pad(each.ravel(), (0, -each.size % _ALIGNMENT)) for each in lists])
 
 
 def make_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: ModuleType) -> Plan:

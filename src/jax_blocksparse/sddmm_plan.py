@@ -11,9 +11,8 @@ from types import ModuleType
 import jax
 import numpy as np
 
-from jax_blocksparse.arrays import changes, last_flagged, order_by, put_at, sum_at
+from jax_blocksparse.arrays import changes, flatten, last_flagged, order_by, put_at, sum_at
 from jax_blocksparse.geometry import is_live
-from jax_blocksparse.plan import flatten
 from jax_blocksparse.sddmm_layout import SddmmLayout, SddmmPlan
 
 
