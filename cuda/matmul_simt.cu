@@ -126,14 +126,14 @@ class Piece {
     return kSwizzled ? row / (kBankBytes / (kCols * int{sizeof(T)})) % kRowQuads * kQuad : 0;
   }
 
-  // Copies the piece that begins at `from`.
-  __device__ __forceinline__ void Copy(T* to, const T* from, int pitch) const {
+  // Copies the piece that begins at `from`, or some rows of it; then the others stay as they are.
+  __device__ __forceinline__ void Copy(T* to, const T* from, int pitch, int rows = kRows) const {
     static_assert(kEach == 1 || Swizzle(kStep) == 0, "all quads of a thread are permuted alike");
     from += std::int64_t{row_} * pitch + col_;
     to += place_;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (!IsIn(i)) break;
+      if (!IsIn(i) || (rows != kRows && row_ + i * kStep >= rows)) break;
       CopyAsync<kQuad * sizeof(T)>(SharedAddress(to + i * kStep * kCols), from);
       from += kStep * std::int64_t{pitch};
     }
@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
                                         Piece<T, kDepth, kFeatures, false, Tile::kThreads>>;
   // Features of a thread that are neighbours. Where they are rows, two keep the lanes of a warp in different banks.
   constexpr int kGroup = kTranspose ? 2 : kQuad;
+  constexpr bool kMayBeShort = Tile::kTokens <= 64;  // of tokens, and should be fast nevertheless
   extern __shared__ __align__(16) unsigned char shared[];
   T* const stages = reinterpret_cast<T*>(shared);
 
@@ -180,7 +181,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   const std::int64_t first_feature = tile % feature_tiles * kFeatures;
   const int feature_in_block = static_cast<int>(first_feature % p.block);
   const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride;
-  const bool x_whole = IsQuadAligned(x, p.in_features) && first_token + Tile::kTokens <= p.tokens;
+  const int tokens = static_cast<int>(min(p.tokens - first_token, std::int64_t{Tile::kTokens}));  // that exist
+  const bool x_fast = IsQuadAligned(x, p.in_features) && (kMayBeShort || tokens == Tile::kTokens);
   x += first_token * p.in_features;
   const T* data =
       static_cast<const T*>(p.data) + batch * p.data_batch_stride + feature_in_block * (kTranspose ? p.block : 1);
@@ -192,15 +194,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   int copied = 0;  // slices
 
   // Starts to copy the next slice, if there is one. What lies outside of the matrix counts as zero, whatever a block
-  // holds there.
+  // holds there; tokens that do not exist may be anything.
   const auto copy = [&](T* to) {
     if (!walk.IsAtEnd()) {
       const std::int64_t first_in = static_cast<std::int64_t>(walk.row) * p.block + slice;
       const std::int64_t depth = p.in_features - first_in;
       const T* block = data + static_cast<std::int64_t>(walk.id) * (p.block * p.block);
       block += kTranspose ? slice : slice * p.block;
-      if (x_whole && depth >= kDepth) {
-        x_piece.Copy(to, x + first_in, p.in_features);
+      if (x_fast && depth >= kDepth) {
+        x_piece.Copy(to, x + first_in, p.in_features, kMayBeShort ? tokens : Tile::kTokens);
       } else {
         x_piece.CopyPart(to, x + first_in, p.in_features, p.tokens - first_token, depth);
       }
@@ -311,11 +313,12 @@ cudaError_t LaunchTile(const MatmulParams& p, cudaStream_t stream) {
                      : Launch<MatmulSimtKernel<T, Tile, false>>(p, ctas, Tile::kThreads, kSharedBytes, stream);
 }
 
-// Up to 256 tokens, a warp goes through a column, or 32 features of one, on its own, with 64 tokens.
-template <typename LargeTile, typename SmallTile>
-cudaError_t LaunchEither(const MatmulParams& p, cudaStream_t stream) {
-  static_assert(SmallTile::kTokens == 64 && SmallTile::kThreads == 32);
-  return p.tokens <= 256 ? LaunchTile<float, SmallTile>(p, stream) : LaunchTile<float, LargeTile>(p, stream);
+// With few tokens, narrow columns and small tiles of sums: else there would be too few warps.
+template <typename Tile>
+cudaError_t LaunchUnlessFew(const MatmulParams& p, cudaStream_t stream) {
+  using FewTokens = SimtMatmulTile<2, 1, 4, 4, 16, 16, 4, 8>;
+  return p.tokens <= 2 * FewTokens::kTokens ? LaunchTile<float, FewTokens>(p, stream)
+                                            : LaunchTile<float, Tile>(p, stream);
 }
 
 }  // namespace
@@ -326,8 +329,6 @@ cudaError_t LaunchMatmulSimt(const MatmulParams& params, cudaStream_t stream) {
   using Blocks16 = SimtMatmulTile<1, 1, 8, 8, 16, 16, 2, 12>;
   using Blocks32 = SimtMatmulTile<4, 1, 8, 8, 32, 32, 2, 3>;
   using Blocks64 = SimtMatmulTile<2, 2, 8, 8, 32, 32, 3, 3>;
-  using FewTokens16 = SimtMatmulTile<1, 1, 8, 4, 16, 16, 3, 16>;
-  using FewTokens32 = SimtMatmulTile<1, 1, 8, 8, 32, 16, 3, 10>;
   if (params.type != ElementType::kF32) {
     if (params.block != 8) return cudaErrorInvalidValue;
     return params.type == ElementType::kBF16 ? LaunchTile<__nv_bfloat16, Blocks8>(params, stream)
@@ -337,12 +338,12 @@ cudaError_t LaunchMatmulSimt(const MatmulParams& params, cudaStream_t stream) {
     case 8:
       return LaunchTile<float, Blocks8>(params, stream);
     case 16:
-      return LaunchEither<Blocks16, FewTokens16>(params, stream);
+      return LaunchUnlessFew<Blocks16>(params, stream);
     case 32:
-      return LaunchEither<Blocks32, FewTokens32>(params, stream);
+      return LaunchUnlessFew<Blocks32>(params, stream);
     case 64:
     case 128:
-      return LaunchEither<Blocks64, FewTokens32>(params, stream);
+      return LaunchUnlessFew<Blocks64>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }
