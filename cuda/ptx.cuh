@@ -46,15 +46,6 @@ __device__ __forceinline__ void StoreShared16(std::uint32_t to, uint4 value) {
                : "memory");
 }
 
-__device__ __forceinline__ uint4 LoadShared16(std::uint32_t from) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(from)
-               : "memory");
-  return value;
-}
-
 // Has the line of this address read into L2. A hint, which waits for nothing.
 __device__ __forceinline__ void Prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));

@@ -34,10 +34,6 @@ __device__ __forceinline__ std::uint32_t LoadShared4(std::uint32_t from) {
   return value;
 }
 
-__device__ __forceinline__ void LoadShared8(std::uint32_t& first, std::uint32_t& second, std::uint32_t from) {
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "r"(from) : "memory");
-}
-
 // Brings a tensor map to where copies look for it, without waiting.
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -46,8 +46,11 @@ __device__ __forceinline__ void Load(XFragments<kFeatures>& to, std::uint32_t to
 #pragma unroll
   for (int m = 0; m < kFeatures / 16; ++m) {
     const std::uint32_t from = tokens + (place ^ m * 64);
-    LoadShared8(to.rows[m][0], to.rows[m][1], from);
-    LoadShared8(to.rows[m][2], to.rows[m][3], from + kEightTokens);
+    const uint2 first = LoadShared8(from), second = LoadShared8(from + kEightTokens);
+    to.rows[m][0] = first.x;
+    to.rows[m][1] = first.y;
+    to.rows[m][2] = second.x;
+    to.rows[m][3] = second.y;
   }
 }
 template <int kFeatures>
