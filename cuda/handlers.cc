@@ -62,8 +62,9 @@ ffi::ErrorOr<MatmulPlan> DecodePlan(const char* target, const MatmulParams& para
       (params.x_batch_stride == 0 ? 1 : params.batch) * params.tokens * PackedXFeatures(params) * element;
   const std::int64_t wanted = params.tokens <= kFewTokens ? x_bytes : data_bytes;
   if (workspace.size_bytes() != 0) {
-    if (static_cast<std::int64_t>(workspace.size_bytes()) != wanted)
+    if (static_cast<std::int64_t>(workspace.size_bytes()) != wanted) {
       return error("workspace must be as large as data, or for few tokens as x");
+    }
     decoded.workspace = workspace.untyped_data();
   }
   // Without room to pack, blocks are left to the kernels that take them as they are.

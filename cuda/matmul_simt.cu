@@ -38,7 +38,8 @@ struct SimtMatmulTile {
   static_assert(kThreadFeatures % kQuad == 0 && kDepth % kQuad == 0);
 };
 
-// Steps through the list of one output block, past entries that are out of range. Every warp runs its own copy.
+// Steps through the list of one output block, past entries that are out of range. Every warp runs its own copy. With
+// one list there is nothing to merge: what ColumnWalk does besides would take issue slots from the products.
 //
 // The 32 lanes hold a window of the list, the following window, and the ids of the one after that: order[i] and
 // inner[order[i]] are two dependent loads, and each is issued one window before it is needed.

@@ -29,7 +29,7 @@ a later release keeps the old ones.
 """
 
 SMALL_BATCH = 64
-"""Up to this many rows of x, blocks are best fetched one by one, in any order."""
+"""Up to so many rows of x, blocks are best fetched one by one, in any order. As kFewTokens in cuda/kernels.h."""
 
 PACKING_PAYS_FROM = 800_000
 """Few rows of x are packed for so many products of a row and a small block; for fewer, it costs more than it saves."""
@@ -84,9 +84,6 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
         operands.append(operand or (mlir.ir_constant(np.zeros(empty.shape, empty.dtype)), empty))
 
     layout = choose_layout(*(shape[::-1] if transpose else shape), data[1].shape[-1], data[1].shape[1])
-    # Of float32, large blocks are read along the depth only, and must be transposed where rows are not.
-    packs = (layout.packs or not transpose) if tf32 else (layout.packs and x[1].dtype.itemsize == 2)
-    batch = max(data[1].shape[0], indices[0][1].shape[0])
     y = ctx.avals_out[0]
     slope = y if with_slope else ShapedArray((0,), y.dtype)
     sums = ShapedArray((0, 0, 0), np.float32)
@@ -99,7 +96,9 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
         packs = _packs_x(x[1], data[1])
         workspace = (*x[1].shape[:2], -(-x[1].shape[2] // PACKED_FEATURES) * PACKED_FEATURES)
     else:
-        workspace = (batch, *data[1].shape[1:])
+        # Of float32, large blocks are read along the depth only, and must be transposed where rows are not.
+        packs = (layout.packs or not transpose) if tf32 else (layout.packs and x[1].dtype.itemsize == 2)
+        workspace = (max(data[1].shape[0], indices[0][1].shape[0]), *data[1].shape[1:])
     workspace = ShapedArray(workspace if packs else (0,), data[1].dtype)
 
     call_ctx = ctx.replace(avals_in=[aval for _, aval in operands], avals_out=[y, slope, sums, workspace])
