@@ -60,12 +60,13 @@ ffi::ErrorOr<MatmulPlan> DecodePlan(const char* target, const MatmulParams& para
       (data_is_shared ? 1 : params.batch) * params.nnz * params.block * params.block * element;
   const std::int64_t x_bytes =
       (params.x_batch_stride == 0 ? 1 : params.batch) * params.tokens * PackedXFeatures(params) * element;
-  const std::int64_t wanted = params.tokens <= kFewTokens ? x_bytes : data_bytes;
-  if (workspace.size_bytes() != 0) {
-    if (static_cast<std::int64_t>(workspace.size_bytes()) != wanted) {
+  if (const auto size = static_cast<std::int64_t>(workspace.size_bytes()); size != 0) {
+    const bool is_small_batch = params.tokens <= kFewTokens;
+    if (size != data_bytes && !(is_small_batch && size == x_bytes)) {
       return error("workspace must be as large as data, or for few tokens as x");
     }
-    decoded.workspace = workspace.untyped_data();
+    // A program for any number of tokens has room for the blocks, of which few tokens make no use.
+    if (!is_small_batch || size != data_bytes) decoded.workspace = workspace.untyped_data();
   }
   // Without room to pack, blocks are left to the kernels that take them as they are.
   if (NeedsPacking(params) && decoded.workspace == nullptr) decoded.plan = nullptr;

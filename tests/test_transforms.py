@@ -208,18 +208,28 @@ def test_export(device):
     assert_close(dx, np.ones_like(X) @ DENSE[0].T)
 
 
-def test_export_for_any_batch(implementation, device):
+@pytest.mark.parametrize(("dtype", "block_size"), [("float32", 8), ("bfloat16", 16), ("bfloat16", 64)])
+def test_export_for_any_batch(implementation, device, dtype, block_size):
     """Leading dimensions may stay symbols until the program is called."""
-    w = jbs.BlockSparseMatrix(DATA[0], PATTERNS[0])
+    w = cases.random_w((64, 192), block_size, density=0.5, dtype=dtype)
     product = jax.jit(lambda x: jbs.matmul(x, w, implementation=implementation, precision=HIGHEST))
-    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, length, 24"), np.float32)
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, length, 64"), dtype)
     platform = "cuda" if device.platform == "gpu" else device.platform
     checks = jbs.DISABLED_EXPORT_CHECKS
     export = jax.export.export(product, platforms=(platform,), disabled_checks=checks)(x)
     restored = jax.export.deserialize(export.serialize())
-    for leading in ((1, 5), (3, 2)):
-        x = cases.normal((*leading, 24), "float32", seed=4)
-        assert_close(restored.call(x), x @ DENSE[0])
+    for leading in ((1, 5), (3, 2), (3, 40), (7, 45)):
+        x = cases.normal((*leading, 64), dtype, seed=4)
+        assert_close(restored.call(x), cases.wide(x) @ cases.dense(w), 1e-5 if dtype == "float32" else 6e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_for_cuda_and_any_batch_needs_no_gpu(dtype):
+    w = cases.random_w((64, 192), 16, density=0.5, dtype=dtype)
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, length, 64"), dtype)
+    loss = jax.jit(jax.grad(lambda x, w: (jbs.mlp(x, w, w.T, activation="relu") ** 2).sum()))
+    export = jax.export.export(loss, platforms=("cuda",), disabled_checks=jbs.DISABLED_EXPORT_CHECKS)(x, w)
+    assert ("@jax_blocksparse.matmul.v1" in export.mlir_module()) == bool(jbs.has_cuda())
 
 
 def test_export_without_our_checks_disabled_names_the_custom_call():

@@ -91,8 +91,10 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
         spec = PartitionSpec(y.sharding.spec[0], None, None)
         sums_shape = (y.shape[0], -(-y.shape[1] // SUM_TOKENS), y.shape[2])
         sums = y.update(shape=sums_shape, dtype=np.dtype(np.float32), sharding=y.sharding.update(spec=spec))
-    # Where the kernel wants the blocks, or few rows of x, in its own order, it puts them here.
-    if x[1].shape[1] <= SMALL_BATCH:
+    # Where the kernel wants the blocks, or few rows of x, in its own order, it puts them here. A program for any number
+    # of rows has the room that many of them want.
+    rows = x[1].shape[1]
+    if not jax.export.is_symbolic_dim(rows) and rows <= SMALL_BATCH:
         packs = _packs_x(x[1], data[1])
         workspace = (*x[1].shape[:2], -(-x[1].shape[2] // PACKED_FEATURES) * PACKED_FEATURES)
     else:
