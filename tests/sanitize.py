@@ -1,17 +1,25 @@
 """Runs every kernel for GPUs once, on small sizes, for compute-sanitizer to look at:
 
-    compute-sanitizer --tool memcheck python tests/sanitize.py
-    compute-sanitizer --tool racecheck python tests/sanitize.py
+    compute-sanitizer --kernel-name kns=jax_blocksparse --tool memcheck python tests/sanitize.py
+    compute-sanitizer --kernel-name kns=jax_blocksparse --tool racecheck python tests/sanitize.py
 
 With two numbers, I and N, it takes every N-th check from check I on, so that N processes can share the work.
 
 Plans and lists full of random numbers are among the inputs: whatever they lead to, it must not be outside a buffer.
 """
 
+import os
+
+# compute-sanitizer sometimes crashes where CUDA graphs are made; and choosing XLA's own kernels takes most of the time.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0"
+)
+
 import dataclasses
 import functools
 import itertools
 import sys
+import time
 from unittest import mock
 
 import cases
@@ -154,9 +162,11 @@ def checks():
 
 
 def main(part=0, parts=1):
-    for count, check in enumerate(itertools.islice(checks(), int(part), None, int(parts)), start=1):
+    for index, check in itertools.islice(enumerate(checks()), int(part), None, int(parts)):
+        start = time.perf_counter()
         check()
-        print(count, check.func.__name__, *check.args, *check.keywords.items(), flush=True)
+        seconds = time.perf_counter() - start
+        print(f"{index} ({seconds:.1f} s)", check.func.__name__, *check.args, *check.keywords.items(), flush=True)
 
 
 if __name__ == "__main__":
