@@ -3,7 +3,8 @@
     compute-sanitizer --kernel-name kns=jax_blocksparse --tool memcheck python tests/sanitize.py
     compute-sanitizer --kernel-name kns=jax_blocksparse --tool racecheck python tests/sanitize.py
 
-With two numbers, I and N, it takes every N-th check from check I on, so that N processes can share the work.
+With two numbers, I and N, it takes every N-th check from check I on, so that N processes can share the work. Each
+compute-sanitizer then needs a `--port` of its own: they crash where they meet.
 
 Plans and lists full of random numbers are among the inputs: whatever they lead to, it must not be outside a buffer.
 """
@@ -105,7 +106,7 @@ def layer(dtype, block_size, activation, *, tokens=300, damage=False):
     def plain(x, w_in, w_out, *biases):
         return activations.value(activation, x @ w_in + biases[0]) @ w_out + biases[1]
 
-    with jax.default_device(jax.devices("cpu")[0]):  # compute-sanitizer does not get along with cuBLAS
+    with jax.default_device(jax.devices("cpu")[0]):  # which takes less time to compile for, and no cuBLAS
         args = [jnp.asarray(cases.wide(arg), "float32") for arg in (x, cases.dense(w_in), cases.dense(w_out), *biases)]
         dx, dw_in, dw_out, *d_biases = jax.vjp(plain, *args)[1](jnp.asarray(cases.wide(ct), "float32"))
     wanted = dx, cases.sampled(dw_in, w_in.pattern), cases.sampled(dw_out, w_out.pattern), *d_biases
