@@ -134,6 +134,10 @@ cudaError_t LaunchHopper(const sm90::SddmmParams& params, cudaStream_t stream) {
 // Says in `is_finished` whether the kernel has applied the epilogue.
 cudaError_t RunProduct(const MatmulParams& params, const MatmulPlan& plan, const Epilogue& epilogue, bool* is_finished,
                        cudaStream_t stream) {
+  if (CanLaunchMatmulTiny(params, epilogue)) {
+    *is_finished = true;
+    return LaunchMatmulTiny(params, epilogue, stream);
+  }
   *is_finished = epilogue.IsIdentity();
   if (!Is16Bit(params.type) && !params.tf32) return LaunchMatmulSimt(params, stream);
   Device device;
@@ -181,6 +185,7 @@ cudaError_t Run(const MatmulParams& params, const MatmulPlan& plan, const Epilog
 }
 
 cudaError_t Run(const SddmmParams& params, const SddmmPlan& plan, cudaStream_t stream) {
+  if (CanLaunchSddmmTiny(params)) return LaunchSddmmTiny(params, stream);
   if (!Is16Bit(params.type) && !params.tf32) return LaunchSddmmSimt(params, stream);
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;

@@ -50,6 +50,14 @@ cudaError_t LaunchMatmulSkinnyBF16(const MatmulParams& params, const Epilogue& e
 cudaError_t LaunchMatmulSkinnyF16(const MatmulParams& params, const Epilogue& epilogue, void* packed_x,
                                   bool has_clusters, int sm_count, cudaStream_t stream);
 
+// Matrices so small that a CTA has room for all blocks; no batches, no column sums.
+bool CanLaunchMatmulTiny(const MatmulParams& params, const Epilogue& epilogue);
+cudaError_t LaunchMatmulTiny(const MatmulParams& params, const Epilogue& epilogue, cudaStream_t stream);
+
+// The same for the blocks of x^T dy, of so few tokens and features that a CTA has room for all of x and dy.
+bool CanLaunchSddmmTiny(const SddmmParams& params);
+cudaError_t LaunchSddmmTiny(const SddmmParams& params, cudaStream_t stream);
+
 // Plain FMA: float32 in any block size, 16-bit elements in blocks of 8.
 cudaError_t LaunchMatmulSimt(const MatmulParams& params, cudaStream_t stream);
 cudaError_t LaunchSddmmSimt(const SddmmParams& params, cudaStream_t stream);

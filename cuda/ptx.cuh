@@ -46,6 +46,18 @@ __device__ __forceinline__ void StoreShared16(std::uint32_t to, uint4 value) {
                : "memory");
 }
 
+__device__ __forceinline__ std::uint32_t LoadShared4(std::uint32_t from) {
+  std::uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  return value;
+}
+
+// The same value, computed here, while something is on its way, and not where it is needed.
+__device__ __forceinline__ std::uint32_t Now(std::uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Has the line of this address read into L2. A hint, which waits for nothing.
 __device__ __forceinline__ void Prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));

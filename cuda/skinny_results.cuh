@@ -37,8 +37,8 @@ __device__ __forceinline__ void CopyEight(U* to, const float* from, int existing
   }
 }
 
-// Writes what the epilogue makes of eight neighbouring sums of a token, each in `splits` parts (two at least) that lie
-// `stride` apart from `from` on. Other threads are done with them.
+// Writes what the epilogue makes of eight neighbouring sums of a token, each in `splits` parts that lie `stride` apart
+// from `from` on, where there is room for two at least. Other threads are done with them.
 template <typename U>
 __device__ __forceinline__ void WriteResults(const MatmulParams& p, const Epilogue& e, int batch, std::int64_t token,
                                              int feature, float* from, int splits, int stride) {
