@@ -84,9 +84,22 @@ TILES_OF_FLOAT32 = tuple(
     for b in BLOCK_SIZES
 )
 
+# So small that a kernel for GPUs holds all of it in shared memory, in sizes that 16-byte copies accept.
+TINY = tuple(
+    _cut(f"tiny_{b}", grid, b, density=density, ragged=(8 % b, 8 % b), inert=inert)
+    for b, grid, density, inert in (
+        (8, (5, 7), 0.5, 2),
+        (16, (5, 7), 0.5, 2),
+        (32, (4, 3), 0.6, 1),
+        (64, (3, 2), 0.5, 1),
+        (128, (2, 2), 0.25, 0),
+    )
+)
+
 CASES = (
     *BLOCKS,
     *TILES,
+    *TINY,
     _cut("full", (3, 5), 16, density=1.0),
     _cut("full_ragged", (2, 3), 32, density=1.0, ragged=(1, 31)),
     _cut("one_block", (5, 4), 16, density=1 / 20),
@@ -107,10 +120,15 @@ CASES = (
 # which takes long to compile, all are one.
 PRODUCTS = (
     *(("native", dtype, case) for case in BLOCKS for dtype in DTYPES),
-    *(("native", dtype, case) for case in TILES for dtype in ("bfloat16", "float16")),
-    *(("native", dtype, case) for case in CASES if case not in BLOCKS + TILES for dtype in ("float32", "bfloat16")),
+    *(("native", dtype, case) for case in TILES + TINY for dtype in ("bfloat16", "float16")),
+    *(
+        ("native", dtype, case)
+        for case in CASES
+        if case not in BLOCKS + TILES + TINY
+        for dtype in ("float32", "bfloat16")
+    ),
     *(("xla", dtype, BLOCKS[1]) for dtype in DTYPES),
-    *(("xla", "float32", case) for case in CASES if case not in BLOCKS + TILES),
+    *(("xla", "float32", case) for case in CASES if case not in BLOCKS + TILES + TINY),
 )
 
 

@@ -31,6 +31,7 @@ from jax_blocksparse import activations, lowering
 
 SHAPE = (328, 392)  # what tensor copies accept, and multiples of no tile
 ODD_SHAPE = (61, 45)
+TINY_SHAPE = (120, 104)  # of which all fits into shared memory
 PAIRED = ((128, (2056, 2056)), (32, (3080, 2056)))  # large enough for tiles of dW that share copies
 SHARED = ((32, (2056, 2056), 0.15), (64, (3080, 1032), 0.25), (16, (2056, 2056), 0.1))  # tiles that five or three share
 MANY_TOKENS = 4400  # with these shapes, more tiles of any size than an H100 has SMs
@@ -136,6 +137,9 @@ def checks():
         yield functools.partial(products, dtype, b, MANY_TOKENS, shape, density=density)
     for b, tokens in itertools.product(jbs.BLOCK_SIZES, (33, 300)):
         yield functools.partial(products, "bfloat16", b, tokens, SHAPE, damage=True)
+    # Few blocks, of which a kernel holds all.
+    for b, damage in itertools.product(jbs.BLOCK_SIZES, (False, True)):
+        yield functools.partial(products, "bfloat16", b, 35, TINY_SHAPE, density=0.1, damage=damage)
     for b in jbs.BLOCK_SIZES:
         yield functools.partial(products, "float32", b, 300, SHAPE, damage=True)
     for b, tokens, damage in itertools.product(jbs.BLOCK_SIZES, (33, 300), (False, True)):

@@ -112,12 +112,11 @@ def test_sddmm_gives_zeros_for_what_is_out_of_range(name, breakage, implementati
     check_sddmm(CASE.x(), CASE.dy(), broken(CASE.pattern, name, breakage), device, implementation)
 
 
-@pytest.mark.parametrize("block_size", jbs.BLOCK_SIZES)
+@pytest.mark.parametrize("case", cases.BLOCKS + cases.TINY, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("seed", range(3))
-def test_random_numbers_for_indices(block_size, dtype, seed, device):
+def test_random_numbers_for_indices(case, dtype, seed, device):
     """Every kernel, with all index arrays full of noise, some of it in range."""
-    case = next(case for case in cases.BLOCKS if case.block_size == block_size)
     w, rng = finite_w(case, dtype), np.random.default_rng(seed)
 
     def noise(leaf):
