@@ -76,23 +76,26 @@ __global__ void __launch_bounds__(kTinyThreads) MatmulTinyKernel(const __grid_co
   const std::uint32_t feature = (blockIdx.x * kWarps + thread / 32) * kTileFeatures;
   const std::uint32_t base = Now(SharedAddress(shared));
 
+  const std::uint32_t tokens = min(p.tokens - first_token, kTileTokens);
+
   const std::int32_t* const ptr = p.ptr + feature / kBlock;
   const int ptr_begin = LoadIf(feature < p.out_features, ptr, 0);
   const int ptr_end = LoadIf(feature < p.out_features, ptr + 1, 0);
-  if (thread < nnz) {
-    CopyAsync<4>(base + p.room.order + thread * 4, p.order + thread);
-    CopyAsync<4>(base + p.room.inner + thread * 4, p.inner + thread);
-  }
-  const uint4* const data = static_cast<const uint4*>(p.data);
-  const std::uint32_t data_place = base + p.room.data + (Block::Permuted(thread) - thread) * kChunkBytes;
-#pragma unroll 1
-  for (std::uint32_t i = thread; i < nnz * Block::kChunks; i += kTinyThreads) {
-    CopyAsync<16>(data_place + i * kChunkBytes, data + i);
-  }
-  const std::uint32_t tokens = min(p.tokens - first_token, kTileTokens);
-  p.rows.Copy(base + TinyRoom::kX, static_cast<const uint4*>(p.x) + std::uint64_t{first_token} * p.rows.chunks, tokens,
-              tokens);
+  const auto copy_entry = [&](std::uint32_t i) {
+    CopyAsync<4>(base + p.room.order + i * 4, p.order + i);
+    CopyAsync<4>(base + p.room.inner + i * 4, p.inner + i);
+  };
+  const auto copy_weights = [&](std::uint32_t i) {
+    CopyAsync<16>(base + p.room.data + Block::Permuted(i) * kChunkBytes, static_cast<const uint4*>(p.data) + i);
+  };
+  const uint4* const x = static_cast<const uint4*>(p.x) + std::uint64_t{first_token} * p.rows.chunks;
+  const auto copy_x = [&](std::uint32_t i) { p.rows.CopyChunk(base + TinyRoom::kX, x, tokens, i); };
+  ForShare(nnz * Block::kChunks, copy_weights);
+  ForShare(tokens * p.rows.chunks, copy_x);
+  ForShare(nnz, copy_entry);
   if (thread == 0) StoreShared16(base, make_uint4(0, 0, 0, 0));
+  ForRestOfShare(nnz * Block::kChunks, copy_weights);
+  ForRestOfShare(tokens * p.rows.chunks, copy_x);
   CommitCopies();
 
   // Chunks of depth that a lane finds, the first of a block.
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(kTinyThreads) MatmulTinyKernel(const __grid_co
   __syncthreads();
 
   const int begin = max(0, min(ptr_begin, p.nnz)), end = max(0, min(ptr_end, p.nnz));
-  float sums[4] = {};
+  float sums[2][4] = {};  // of either half of a step: shorter chains
 #pragma unroll 1
   for (int first = begin; first < end; first += Block::kEntries) {
     const int entry = first + lane / 8 / Block::kDepths;
@@ -129,24 +132,26 @@ __global__ void __launch_bounds__(kTinyThreads) MatmulTinyKernel(const __grid_co
       LoadMatrices<false>(low, exists ? x : base);
       LoadMatrices<false>(high, exists ? x + x_step : base);
       LoadMatrices<!kTranspose>(b, exists ? weights : base);
-      MultiplyAdd<T>(sums, {low[0], high[0], low[1], high[1]}, b[0], b[1]);
-      MultiplyAdd<T>(sums, {low[2], high[2], low[3], high[3]}, b[2], b[3]);
+      MultiplyAdd<T>(sums[0], {low[0], high[0], low[1], high[1]}, b[0], b[1]);
+      MultiplyAdd<T>(sums[1], {low[2], high[2], low[3], high[3]}, b[2], b[3]);
     }
   }
 
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[0][i] += sums[1][i];
   if (p.is_plain) {
     if (feature >= p.out_features) return;
     T* const y =
         static_cast<T*>(p.y) + (first_token + lane / 4) * std::int64_t{p.out_features} + feature + lane % 4 * 2;
-    if (lane / 4 < tokens) StorePair(y, sums[0], sums[1]);
-    if (lane / 4 + 8 < tokens) StorePair(y + std::int64_t{8} * p.out_features, sums[2], sums[3]);
+    if (lane / 4 < tokens) StorePair(y, sums[0][0], sums[0][1]);
+    if (lane / 4 + 8 < tokens) StorePair(y + std::int64_t{8} * p.out_features, sums[0][2], sums[0][3]);
     return;
   }
   __syncthreads();  // all is read
   float* const room_of_sums = reinterpret_cast<float*>(shared) + thread / 32 * kSums;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    room_of_sums[(lane / 4 + i / 2 * 8) * kTileFeatures + lane % 4 * 2 + i % 2] = sums[i];
+    room_of_sums[(lane / 4 + i / 2 * 8) * kTileFeatures + lane % 4 * 2 + i % 2] = sums[0][i];
   }
   __syncwarp();
   if (lane >= tokens || feature >= p.out_features) return;

@@ -15,37 +15,41 @@ namespace {
 constexpr int kStepTokens = 32;
 constexpr int kPieceCols = kChunk;
 
-struct TinyParams {
-  SddmmParams product;
-  TinyRows x, dy;
-};
+// In front of shared memory is a chunk of zeros, then x and dy.
+constexpr std::uint32_t kX = kChunkBytes;
 
-// What lies where in shared memory, in bytes. In front is a chunk of zeros.
-struct TinyRoom {
-  std::uint32_t x = kChunkBytes, dy, end;
-  __host__ __device__ explicit TinyRoom(const TinyParams& params) {
-    const auto tokens = static_cast<std::uint32_t>(CeilDiv(params.product.tokens, kStepTokens) * kStepTokens);
-    dy = x + tokens * params.x.Pitch();
-    end = dy + tokens * params.dy.Pitch();
-  }
+// Parameters are read from memory, too, a line at a time: no more of them than needed.
+struct TinyParams {
+  const void *x, *dy;
+  const std::int32_t *rows, *cols;
+  void* data;
+  std::int32_t nnz, in_features, out_features, tokens, steps;
+  TinyRows x_rows, dy_rows;
+  std::uint32_t dy_place;  // in shared memory
+  bool f32_output;
 };
 
 template <typename T, int kBlock>
-__global__ void __launch_bounds__(kTinyThreads) SddmmTinyKernel(const __grid_constant__ TinyParams params) {
+__global__ void __launch_bounds__(kTinyThreads) SddmmTinyKernel(const __grid_constant__ TinyParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
-  constexpr int kRows = std::min(kBlock, 16), kColPieces = kBlock / kPieceCols;
-  constexpr int kPieces = kBlock / kRows * kColPieces;
-  const SddmmParams& p = params.product;
-  const int lane = threadIdx.x % 32, piece = blockIdx.x * (kTinyThreads / 32) + threadIdx.x / 32;
-  const int id = piece / kPieces, first_row = piece / kColPieces % (kBlock / kRows) * kRows;
-  const int first_col = piece % kColPieces * kPieceCols;
-  const int row = LoadIf(id < p.nnz, p.rows + id, -1), col = LoadIf(id < p.nnz, p.cols + id, -1);
-  const TinyRoom room(params);
-  const std::uint32_t base = SharedAddress(shared);
-  const int tokens = static_cast<int>(p.tokens), steps = CeilDiv(tokens, kStepTokens);
-  params.x.Copy(base + room.x, p.x, tokens, steps * kStepTokens);
-  params.dy.Copy(base + room.dy, p.dy, tokens, steps * kStepTokens);
+  constexpr std::uint32_t kRows = std::min(kBlock, 16), kColPieces = kBlock / kPieceCols;
+  constexpr std::uint32_t kPieces = kBlock / kRows * kColPieces;
+  const std::uint32_t lane = threadIdx.x % 32, piece = blockIdx.x * (kTinyThreads / 32) + threadIdx.x / 32;
+  const std::uint32_t id = piece / kPieces, first_row = piece / kColPieces % (kBlock / kRows) * kRows;
+  const std::uint32_t first_col = piece % kColPieces * kPieceCols;
+  const std::uint32_t base = Now(SharedAddress(shared));
+  const std::uint32_t x_chunks = p.steps * kStepTokens * p.x_rows.chunks;
+  const std::uint32_t dy_chunks = p.steps * kStepTokens * p.dy_rows.chunks;
+
+  const bool has_id = id < static_cast<std::uint32_t>(p.nnz);
+  const int row = LoadIf(has_id, p.rows + id, -1), col = LoadIf(has_id, p.cols + id, -1);
+  const auto copy_x = [&](std::uint32_t i) { p.x_rows.CopyChunk(base + kX, p.x, p.tokens, i); };
+  const auto copy_dy = [&](std::uint32_t i) { p.dy_rows.CopyChunk(base + p.dy_place, p.dy, p.tokens, i); };
+  ForShare(x_chunks, copy_x);
+  ForShare(dy_chunks, copy_dy);
   if (threadIdx.x == 0) StoreShared16(base, make_uint4(0, 0, 0, 0));
+  ForRestOfShare(x_chunks, copy_x);
+  ForRestOfShare(dy_chunks, copy_dy);
   CommitCopies();
   WaitForCopies<0>();
   __syncthreads();
@@ -57,28 +61,28 @@ __global__ void __launch_bounds__(kTinyThreads) SddmmTinyKernel(const __grid_con
   const int x_feature = is_block ? row * kBlock + first_row + lane / 8 % 2 * kChunk : p.in_features;
   const int dy_feature = is_block ? col * kBlock + first_col : p.out_features;
   const bool has_x = x_feature < p.in_features && lane / 8 % 2 * kChunk < kRows, has_dy = dy_feature < p.out_features;
-  const std::uint32_t x_pitch = has_x ? params.x.Pitch() : 0, dy_pitch = has_dy ? params.dy.Pitch() : 0;
-  std::uint32_t x = has_x ? base + room.x + x_feature * 2 + (lane % 8 + lane / 16 * 8) * x_pitch : base;
-  std::uint32_t dy = has_dy ? base + room.dy + dy_feature * 2 + lane * dy_pitch : base;
-  float sums[4] = {};
+  const std::uint32_t x_pitch = has_x ? p.x_rows.Pitch() : 0, dy_pitch = has_dy ? p.dy_rows.Pitch() : 0;
+  std::uint32_t x = has_x ? base + kX + x_feature * 2 + (lane % 8 + lane / 16 * 8) * x_pitch : base;
+  std::uint32_t dy = has_dy ? base + p.dy_place + dy_feature * 2 + lane * dy_pitch : base;
+  float sums[2][4] = {};  // of either half of a step: shorter chains
 #pragma unroll 2
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < p.steps; ++step) {
     std::uint32_t a[2][4], b[4];
     LoadMatrices<true>(a[0], x);
     LoadMatrices<true>(a[1], x + 16 * x_pitch);
     LoadMatrices<true>(b, dy);
-    MultiplyAdd<T>(sums, a[0], b[0], b[1]);
-    MultiplyAdd<T>(sums, a[1], b[2], b[3]);
+    MultiplyAdd<T>(sums[0], a[0], b[0], b[1]);
+    MultiplyAdd<T>(sums[1], a[1], b[2], b[3]);
     x += kStepTokens * x_pitch;
     dy += kStepTokens * dy_pitch;
   }
 
-  if (id >= p.nnz) return;
+  if (!has_id) return;
   const std::int64_t place =
       std::int64_t{id} * (kBlock * kBlock) + (first_row + lane / 4) * kBlock + first_col + lane % 4 * 2;
   const auto store = [&](auto* to) {
-    StorePair(to, sums[0], sums[1]);
-    if (kRows == 16) StorePair(to + 8 * kBlock, sums[2], sums[3]);
+    StorePair(to, sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]);
+    if (kRows == 16) StorePair(to + 8 * kBlock, sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
   };
   if (p.f32_output) {
     store(static_cast<float*>(p.data) + place);
@@ -92,13 +96,18 @@ std::int64_t Ctas(const SddmmParams& p) {
   return CeilDiv(p.nnz * pieces, kTinyThreads / 32);
 }
 
+std::int64_t SharedBytes(const SddmmParams& p) {
+  const std::int64_t tokens = CeilDiv(p.tokens, kStepTokens) * kStepTokens;
+  return kX + tokens * (TinyRows(p.in_features).Pitch() + std::int64_t{TinyRows(p.out_features).Pitch()});
+}
+
 template <typename T>
-cudaError_t LaunchType(const TinyParams& params, cudaStream_t stream) {
+cudaError_t LaunchType(const SddmmParams& product, const TinyParams& params, cudaStream_t stream) {
   const auto launch = [&](auto kernel) {
-    kernel<<<Ctas(params.product), kTinyThreads, TinyRoom(params).end, stream>>>(params);
+    kernel<<<Ctas(product), kTinyThreads, SharedBytes(product), stream>>>(params);
     return cudaGetLastError();
   };
-  switch (params.product.block) {
+  switch (product.block) {
     case 8:
       return launch(SddmmTinyKernel<T, 8>);
     case 16:
@@ -118,19 +127,29 @@ bool CanLaunchSddmmTiny(const SddmmParams& p) {
   const auto is_aligned = [](const void* array, std::int32_t features) {
     return features % kChunk == 0 && reinterpret_cast<std::uintptr_t>(array) % kChunkBytes == 0;
   };
-  constexpr int kMax = kTinySharedBytes / 2;  // of any size, so that none below overflows
   return Is16Bit(p.type) && p.batch == 1 && is_aligned(p.x, p.in_features) && is_aligned(p.dy, p.out_features) &&
-         p.tokens <= kMax && p.in_features <= kMax && p.out_features <= kMax && Ctas(p) <= kTinyMaxCtas &&
-         std::int64_t{p.in_features + p.out_features + 2 * kChunk} * 2 *
-                     (CeilDiv(p.tokens, kStepTokens) * kStepTokens) +
-                 kChunkBytes <=
-             kTinySharedBytes;
+         p.tokens <= kTinySharedBytes && p.in_features <= kTinySharedBytes && p.out_features <= kTinySharedBytes &&
+         Ctas(p) <= kTinyMaxCtas && SharedBytes(p) <= kTinySharedBytes;
 }
 
-cudaError_t LaunchSddmmTiny(const SddmmParams& product, cudaStream_t stream) {
-  const TinyParams params{product, TinyRows(product.in_features), TinyRows(product.out_features)};
-  return product.type == ElementType::kBF16 ? LaunchType<__nv_bfloat16>(params, stream)
-                                            : LaunchType<__half>(params, stream);
+cudaError_t LaunchSddmmTiny(const SddmmParams& p, cudaStream_t stream) {
+  TinyParams params;
+  params.x = p.x;
+  params.dy = p.dy;
+  params.rows = p.rows;
+  params.cols = p.cols;
+  params.data = p.data;
+  params.nnz = p.nnz;
+  params.in_features = p.in_features;
+  params.out_features = p.out_features;
+  params.tokens = static_cast<std::int32_t>(p.tokens);
+  params.steps = static_cast<std::int32_t>(CeilDiv(p.tokens, kStepTokens));
+  params.x_rows = TinyRows(p.in_features);
+  params.dy_rows = TinyRows(p.out_features);
+  params.dy_place = kX + params.steps * kStepTokens * params.x_rows.Pitch();
+  params.f32_output = p.f32_output;
+  return p.type == ElementType::kBF16 ? LaunchType<__nv_bfloat16>(p, params, stream)
+                                      : LaunchType<__half>(p, params, stream);
 }
 
 }  // namespace jax_blocksparse

@@ -15,6 +15,18 @@ constexpr int kTinyMaxCtas = 128;            // each of them reads all; more wou
 constexpr int kTinySharedBytes = 48 * 1024;  // more must be asked for
 constexpr int kChunkBytes = kChunk * 2;
 
+// Calls a function for this thread's share of 0, 1, ..., count - 1. Apart from the first, which is all of most calls
+// and must not wait for a branch.
+template <typename Function>
+__device__ __forceinline__ void ForShare(std::uint32_t count, const Function& function) {
+  if (threadIdx.x < count) function(threadIdx.x);
+}
+template <typename Function>
+__device__ __forceinline__ void ForRestOfShare(std::uint32_t count, const Function& function) {
+#pragma unroll 1
+  for (std::uint32_t i = threadIdx.x + kTinyThreads; i < count; i += kTinyThreads) function(i);
+}
+
 // The rows of x or dy, in chunks. In shared memory they begin an odd number of chunks apart, for ldmatrix.
 struct TinyRows {
   std::uint32_t chunks, divisor;  // 2^32 through their number if that is even
@@ -27,15 +39,12 @@ struct TinyRows {
 
   __host__ __device__ std::uint32_t Pitch() const { return (chunks | 1) * kChunkBytes; }
 
-  // All threads copy `wanted` rows, of which `existing` exist; the others become zeros.
-  __device__ __forceinline__ void Copy(std::uint32_t to, const void* from, std::uint32_t existing,
-                                       std::uint32_t wanted) const {
-#pragma unroll 1
-    for (std::uint32_t i = threadIdx.x; i < wanted * chunks; i += kTinyThreads) {
-      const bool exists = i < existing * chunks;
-      CopyAsync16(to + (i + __umulhi(i, divisor)) * kChunkBytes, static_cast<const uint4*>(from) + (exists ? i : 0),
-                  exists ? kChunkBytes : 0);
-    }
+  // Copies a chunk of the first rows, of which `existing` exist; if it belongs to none of them, it becomes zeros.
+  __device__ __forceinline__ void CopyChunk(std::uint32_t to, const void* from, std::uint32_t existing,
+                                            std::uint32_t chunk) const {
+    const bool exists = chunk < existing * chunks;
+    CopyAsync16(to + (chunk + __umulhi(chunk, divisor)) * kChunkBytes,
+                static_cast<const uint4*>(from) + (exists ? chunk : 0), exists ? kChunkBytes : 0);
   }
 };
 
