@@ -26,6 +26,12 @@ cudaError_t CurrentDevice(Device* found) {
 // The mma.sync kernels; the rest is plain FMA.
 bool UsesTensorCores(ElementType type, int block) { return Is16Bit(type) && block >= 16; }
 
+// The Hopper kernel takes 9 us however little there is to do; these take 4 to 6 for up to four blocks an SM.
+bool IsSmallSddmm(const SddmmParams& p, const Device& device) {
+  return UsesTensorCores(p.type, p.block) && p.tokens <= 256 &&
+         SddmmMmaCtas(p, TileSize::kSmall) <= std::int64_t{4} * device.sm_count;
+}
+
 // Large tiles reuse more, but only if there are enough of them for every SM.
 TileSize ChooseTileSize(std::int64_t large_ctas, int sm_count) {
   return large_ctas < sm_count ? TileSize::kSmall : TileSize::kLarge;
@@ -190,7 +196,7 @@ cudaError_t Run(const SddmmParams& params, const SddmmPlan& plan, cudaStream_t s
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
 
-  if (device.major == 9) {
+  if (device.major == 9 && !IsSmallSddmm(params, device)) {
     const sm90::SddmmParams product = HopperParams(params, plan);
     if (sm90::CanLaunchSddmm(product)) {
       return LaunchHopper(product, stream);

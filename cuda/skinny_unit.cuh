@@ -115,8 +115,7 @@ struct UnitLayout {
 // The units of a part of a column's list that one warp works on: unit `share` and every `shares`-th after it.
 //
 // The 32 lanes hold a window of units and, soon after its beginning, the following one: order[i] and inner[order[i]]
-// are two dependent loads, which nothing waits for. Of a matrix of at most 32 blocks, they hold all there is to know
-// from the beginning.
+// are two dependent loads, which nothing waits for.
 template <typename Tile>
 class UnitWalk {
   static constexpr unsigned kAllLanes = 0xffffffffu;
@@ -129,11 +128,7 @@ class UnitWalk {
         inner_(params.inner + batch * params.order_batch_stride),
         nnz_(params.nnz),
         rows_((params.in_features + Tile::kBlock - 1) / Tile::kBlock),
-        lane_(threadIdx.x % 32),
-        is_small_(nnz_ <= 32) {
-    all_ids_ = LoadIf(lane_ < nnz_ && is_small_, order_ + lane_, -1);
-    all_rows_ = LoadIf(lane_ < nnz_ && is_small_, inner_ + lane_, -1);
-  }
+        lane_(threadIdx.x % 32) {}
 
   // Of the entries from `begin` up to `end`.
   __device__ void Start(int begin, int end, int share, int shares) {
@@ -187,22 +182,11 @@ class UnitWalk {
 
   __device__ int IdAt(std::uint32_t index, int piece) const {
     const std::uint32_t entry = begin_ + index / Tile::kParts * Tile::kPieces + piece;
-    const bool exists = entry < static_cast<std::uint32_t>(end_);
-    if (is_small_) {
-      const int id = __shfl_sync(kAllLanes, all_ids_, entry % 32);
-      return exists ? id : -1;
-    }
-    return LoadIf(exists, order_ + entry, -1);
+    return LoadIf(entry < static_cast<std::uint32_t>(end_), order_ + entry, -1);
   }
 
   __device__ bool IsId(int id) const { return id >= 0 && id < nnz_; }
-  __device__ int RowOf(int id) const {
-    if (is_small_) {
-      const int row = __shfl_sync(kAllLanes, all_rows_, id % 32);
-      return IsId(id) ? row : -1;
-    }
-    return LoadIf(IsId(id), inner_ + id, -1);
-  }
+  __device__ int RowOf(int id) const { return LoadIf(IsId(id), inner_ + id, -1); }
 
   __device__ int FirstOf(int row, int unit) const {
     return row >= 0 && row < rows_ ? row * Tile::kBlock + Part(unit) * kUnitDepth : kNowhere;
@@ -211,8 +195,6 @@ class UnitWalk {
   const std::int32_t* order_;
   const std::int32_t* inner_;
   int nnz_, rows_, lane_, share_, shares_;
-  bool is_small_;
-  int all_ids_, all_rows_;  // of a small matrix: lane l has order[l] and inner[l]
   int begin_, end_;
   std::uint32_t units_;
   int id_, row_, next_id_, next_row_;
