@@ -60,7 +60,7 @@ struct TinyBlock {
   static constexpr int kSteps = kRowChunks / kDepths;      // that a block takes
   static constexpr int kEntries = 4 / kDepths;             // blocks in a step
   static constexpr int kLine = std::max(kRowChunks, 8);
-  static_assert(kTinyThreads % (8 * kLine) == 0, "chunks so far apart are permuted alike");
+  static_assert(kDepths * kEntries == 4 && kDepths * kSteps == kRowChunks, "four chunks of depth in a step");
 
   static __device__ std::uint32_t Permuted(std::uint32_t chunk) {
     return chunk ^ (chunk / kLine & (std::min(kRowChunks, 8) - 1));
@@ -75,7 +75,6 @@ __global__ void __launch_bounds__(kTinyThreads) MatmulTinyKernel(const __grid_co
                       first_token = blockIdx.y * kTileTokens;
   const std::uint32_t feature = (blockIdx.x * kWarps + thread / 32) * kTileFeatures;
   const std::uint32_t base = Now(SharedAddress(shared));
-
   const std::uint32_t tokens = min(p.tokens - first_token, kTileTokens);
 
   const std::int32_t* const ptr = p.ptr + feature / kBlock;

@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kTinyThreads) SddmmTinyKernel(const __grid_con
   extern __shared__ __align__(16) unsigned char shared[];
   constexpr std::uint32_t kRows = std::min(kBlock, 16), kColPieces = kBlock / kPieceCols;
   constexpr std::uint32_t kPieces = kBlock / kRows * kColPieces;
+  static_assert(kPieces * kRows * kPieceCols == kBlock * kBlock && (kRows == 16 || kBlock == 8));
   const std::uint32_t lane = threadIdx.x % 32, piece = blockIdx.x * (kTinyThreads / 32) + threadIdx.x / 32;
   const std::uint32_t id = piece / kPieces, first_row = piece / kColPieces % (kBlock / kRows) * kRows;
   const std::uint32_t first_col = piece % kColPieces * kPieceCols;
