@@ -16,7 +16,7 @@ namespace jax_blocksparse::sm90 {
 
 // The most units that a tile can have, and the most slabs that it can need. As in sddmm_layout.py.
 constexpr int SddmmCapacity(int unit) { return unit == 16 ? 160 : unit == 32 ? 48 : unit == 64 ? 12 : 3; }
-constexpr int SddmmMaxSlabs(int unit) { return unit == 128 ? 4 : unit == 64 ? 13 : 28; }
+constexpr int SddmmMaxSlabs(int unit) { return unit == 128 ? 4 : unit == 64 ? 14 : 28; }
 
 // The most CTAs that can share a tile's tokens, as a cluster.
 constexpr int kMaxSddmmSplit = 5;

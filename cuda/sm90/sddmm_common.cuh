@@ -85,6 +85,12 @@ struct SddmmShape {
   static_assert(kCapacity * kUnit * kUnit * int{sizeof(float)} <= kRingBytes, "the sums take the place of the stages");
 };
 
+// What one half of the product warps has of a tile of units of 64: units that follow each other, whose slabs of x do too,
+// and their slab of dy, the tile's first or second.
+struct SddmmHalf {
+  int first, count, dy;
+};
+
 // The CTA's tile, and which of its chunks of tokens this CTA takes: the rank-th, and then every split-th.
 template <typename Shape>
 struct SddmmTile {
@@ -139,6 +145,18 @@ struct SddmmTile {
     const std::uint32_t most = slabs() * (Shape::kSlab / Shape::kUnit) - 1;
     const std::uint32_t shift = (x_room - x_slabs) * (Shape::kSlab / Shape::kUnit);
     return {static_cast<int>(min(word & 0xffff, most)), static_cast<int>(min(word >> 16, most) + shift)};
+  }
+
+  // Called by whole warps. A tile with units of two columns is divided between these.
+  __device__ SddmmHalf Half(const SddmmKernelParams& p, int half) const {
+    int of_first = (x_slabs + 1) / 2;
+    const bool two_columns = dy_slabs > 1;
+    if (two_columns) {
+      const int lane = threadIdx.x % 32;
+      of_first = __popc(__ballot_sync(kAllLanes, lane < x_slabs && Slot(p, lane).y == x_room));
+    }
+    const int first = half == 0 ? 0 : of_first, count = half == 0 ? of_first : x_slabs - of_first;
+    return {first, min(count, Shape::kCapacity / 2), two_columns ? half : 0};
   }
 
  private:

@@ -27,27 +27,26 @@ struct LargeConsumers {
   static_assert(kMostPanels * kSums <= 192, "the registers that are left for the rest");
   static_assert(kMostPanels <= 2 * kMostAtOnce);
 
-  // Units of 64: both warpgroups have the panel of dy, and half of the panels of x each. Units of 128: each has a panel
-  // of dy, and all of x.
+  // Units of 128: each warpgroup has a panel of dy, and all of x.
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
-    const int half = warp / 4, panels = tile.x_slabs * Shape::kPanelsPerSlab;
-    const int first = kUnit == 64 ? half * ((panels + 1) / 2) : 0;
-    const int count = kUnit == 128 ? panels : half == 0 ? (panels + 1) / 2 : panels / 2;
-    MultiplyUpTo<kMostPanels>(p, tile, ring, stages, warp, first, min(count, kMostPanels));
+    SddmmHalf part = {0, tile.x_slabs * Shape::kPanelsPerSlab, warp / 4};
+    if constexpr (kUnit == 64) part = tile.Half(p, warp / 4);
+    part.count = min(part.count, kMostPanels);
+    MultiplyUpTo<kMostPanels>(p, tile, ring, stages, warp, part);
   }
 
  private:
   // The number of panels must be known to the compiler, so that no product depends on a condition.
   template <int kCount>
   static __device__ __forceinline__ void MultiplyUpTo(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
-                                                      SddmmRing ring, std::uint32_t stages, int warp, int first,
-                                                      int count) {
+                                                      SddmmRing ring, std::uint32_t stages, int warp,
+                                                      const SddmmHalf& part) {
     if constexpr (kCount > 0) {
-      if (count < kCount) {
-        MultiplyUpTo<kCount - Shape::kPanelsPerSlab>(p, tile, ring, stages, warp, first, count);
+      if (part.count < kCount) {
+        MultiplyUpTo<kCount - Shape::kPanelsPerSlab>(p, tile, ring, stages, warp, part);
       } else {
-        MultiplyPanels<kCount>(p, tile, ring, stages, warp, first);
+        MultiplyPanels<kCount>(p, tile, ring, stages, warp, part);
       }
     } else {  // the only panel is the other warpgroup's
       for (int chunk = tile.Chunks(p); chunk > 0; --chunk) {
@@ -62,13 +61,13 @@ struct LargeConsumers {
 
   template <int kCount>
   static __device__ __forceinline__ void MultiplyPanels(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
-                                                        SddmmRing ring, std::uint32_t stages, int warp, int first) {
+                                                        SddmmRing ring, std::uint32_t stages, int warp,
+                                                        const SddmmHalf& part) {
     constexpr int kFirst = std::min(kCount, kMostAtOnce), kSecond = kCount - kFirst;
-    const int lane = threadIdx.x % 32, half = warp / 4;
-    const std::uint64_t x = MNMajorDescriptor(stages + first * Shape::kPanelBytes, Shape::kPanelBytes);
-    const int dy_panel = kUnit == 128 ? half : 0;
+    const int lane = threadIdx.x % 32;
+    const std::uint64_t x = MNMajorDescriptor(stages + part.first * Shape::kPanelBytes, Shape::kPanelBytes);
     const std::uint64_t dy =
-        MNMajorDescriptor(stages + tile.x_room * Shape::kSlabBytes + dy_panel * Shape::kPanelBytes, 0);
+        MNMajorDescriptor(stages + tile.x_room * Shape::kSlabBytes + part.dy * Shape::kPanelBytes, 0);
     float sums[kCount * kSums] = {};
 
     const std::uint32_t stage_step = tile.stage_bytes() >> 4;
@@ -107,10 +106,10 @@ struct LargeConsumers {
 
     SyncThreads(1, kProductWarps * 32);  // nobody reads the stages any more
     // The sums are those of dy^T x: a thread has neighbours in a column of the unit.
-    const int col = dy_panel * Shape::kPanel + warp % 4 * 16 + lane / 4;
+    const int col = (kUnit == 128 ? part.dy * Shape::kPanel : 0) + warp % 4 * 16 + lane / 4;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int panel = first + i;
+      const int panel = part.first + i;
       const std::uint32_t unit = stages + panel / Shape::kPanelsPerSlab * (kUnit * kUnit * 4);
 #pragma unroll
       for (int n = 0; n < kSums / 4; ++n) {

@@ -168,10 +168,14 @@ struct LargeTF32Consumers {
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
     const int lane = threadIdx.x % 32;
-    const int pair = warp % kPairs, part = warp / kPairs, panels = tile.x_slabs * kPanelsOfUnit;
-    const int first = part * panels / kWarpsOfPair, count = (part + 1) * panels / kWarpsOfPair - first;
+    const int pair = warp % kPairs, quarter = warp / kPairs % 4;
+    SddmmHalf part = {0, tile.x_slabs, pair};
+    if constexpr (kUnit == 64) part = tile.Half(p, warp / 4);
+    const int before = quarter * part.count * kPanelsOfUnit / 4;
+    const int first = part.first * kPanelsOfUnit + before;
+    const int count = (quarter + 1) * part.count * kPanelsOfUnit / 4 - before;
     const std::uint32_t x_place = first * Shape::kPanelBytes + XPlace(lane);
-    const std::uint32_t dy_place = tile.x_room * Shape::kSlabBytes + pair * 2 * Shape::kPanelBytes + DyPlace(lane);
+    const std::uint32_t dy_place = tile.x_room * Shape::kSlabBytes + part.dy * 2 * Shape::kPanelBytes + DyPlace(lane);
 
     PieceSums<Shape::kPanel> sums[kMostPanels][2];
     ForEachStage(p, tile, ring, stages, [&](std::uint32_t stage) {

@@ -13,7 +13,7 @@ from jax_blocksparse.geometry import block_grid
 
 CAPACITY = {16: 160, 32: 48, 64: 12, 128: 3}
 """By unit: the number that a tile can have. As in sddmm.h."""
-MAX_SLABS = {16: 28, 32: 28, 64: 13, 128: 4}
+MAX_SLABS = {16: 28, 32: 28, 64: 14, 128: 4}
 """By unit: the number of slabs that a tile can need. As in sddmm.h."""
 _SLAB_COST = {16: 2, 32: 2, 64: 1, 128: 1}
 """By unit: how many units take as long to multiply as it takes to copy a slab, about."""
@@ -82,9 +82,28 @@ class SddmmLayout:
         return MAX_SLABS[self.unit]
 
     @property
+    def columns(self) -> int:
+        """The most strips that a tile can have units of."""
+        return 2 if self.unit == 64 else 1
+
+    @property
+    def runs(self) -> int:
+        """What tiles cannot reach across: strips, or all of them together."""
+        return self.strips if self.columns == 1 else 1
+
+    @property
+    def max_dy_slabs(self) -> int:
+        """The most slabs of dy a tile may need."""
+        return self.strip // self.slab * self.columns
+
+    @property
+    def max_rows(self) -> int:
+        return self.columns if self.columns > 1 else self.max_x_slabs
+
+    @property
     def max_x_slabs(self) -> int:
         """The most slabs of x a tile may need."""
-        return self.max_slabs - self.strip // self.slab
+        return self.max_slabs - self.max_dy_slabs
 
     @property
     def max_units(self) -> int:
@@ -109,7 +128,7 @@ class SddmmLayout:
     @property
     def row_cost(self) -> int:
         """What a row of slabs adds to the size of a tile besides its units."""
-        return _SLAB_COST[self.unit] if self.whole_rows else 0
+        return _SLAB_COST[self.unit] if self.whole_rows or self.columns > 1 else 0
 
     @property
     def sorts_rows(self) -> bool:

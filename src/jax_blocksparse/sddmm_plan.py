@@ -42,7 +42,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     # Units by strip, row and column; blocks of the same unit are neighbours.
     live = is_live(rows, cols, layout.grid)
     unit_row, unit_col = rows // ratio, cols // ratio
-    place = unit_col // width * height + unit_row
+    place = unit_col // width * height + unit_row  # of units of 64 and 128 a strip is a column
     if layout.sorts_rows:
         place = _sorted_rows(xp, live, unit_row, unit_col, layout)[xp.where(live, place, 0)]
     key = xp.where(live, place * width + unit_col % width, strips * height * width)
@@ -57,8 +57,10 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     # Tiles of a strip.
     x_slab = unit_row // per_slab
     new_slab = live & (changes(xp, strip) | changes(xp, x_slab))
-    if layout.whole_rows:
-        new_tile = _tiles_of_rows(xp, strip, new_slab, new_unit, layout)
+    if layout.columns > 1:
+        new_tile = _even_tiles(xp, xp.zeros_like(strip), live & changes(xp, strip), new_unit, layout)
+    elif layout.whole_rows:
+        new_tile = _even_tiles(xp, strip, new_slab, new_unit, layout)
     else:
         new_tile = _tiles_of_units(xp, strip, new_unit, layout)
 
@@ -72,13 +74,17 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     slot = number - number[last_flagged(xp, new_tile)]
 
     # Slabs of dy, in the order of features.
-    slabs_of_strip = layout.strip // layout.slab
+    slabs_of_strip, slabs_of_tile = layout.strip // layout.slab, layout.max_dy_slabs
     dy_slab = unit_col // per_slab
-    used = put_at(xp, tile * slabs_of_strip + dy_slab, xp.ones_like(tile), layout.tiles * slabs_of_strip)
-    used = used.reshape(layout.tiles, slabs_of_strip)
+    in_tile = dy_slab
+    if layout.columns > 1:
+        columns = xp.cumsum(changes(xp, strip))
+        in_tile = columns - columns[last_flagged(xp, new_tile)]
+    used = put_at(xp, tile * slabs_of_tile + in_tile, xp.ones_like(tile), layout.tiles * slabs_of_tile)
+    used = used.reshape(layout.tiles, slabs_of_tile)
     x_slabs = sum_at(xp, tile, new_slab, layout.tiles)
     dy_rank = (x_slabs[:, None] + xp.cumsum(used, 1) - used).ravel()
-    dy_rank = dy_rank[xp.minimum(tile, layout.tiles - 1) * slabs_of_strip + dy_slab]
+    dy_rank = dy_rank[xp.minimum(tile, layout.tiles - 1) * slabs_of_tile + in_tile]
 
     slabs = put_at(
         xp,
@@ -92,7 +98,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     first_unit = xp.concatenate([xp.zeros(1, number.dtype), xp.cumsum(new_unit)])[first]
     first_strip = xp.concatenate([strip, xp.zeros(1, strip.dtype)])[first]
     x_slabs, dy_slabs = (xp.pad(count, (0, 1)) for count in (x_slabs, used.sum(1)))
-    dy_set = xp.pad((used << xp.arange(slabs_of_strip)).sum(1), (0, 1))
+    dy_set = xp.pad((used << xp.arange(slabs_of_tile)).sum(1), (0, 1))
     tiles = xp.stack([first, first_unit, x_slabs | dy_slabs << 8 | first_strip << 16, dy_set], -1)
 
     eights = layout.block_size // 8
@@ -114,7 +120,7 @@ def _tiles_of_units(xp: ModuleType, strip: jax.Array, new_unit: jax.Array, layou
     return new_unit & (changes(xp, strip) | changes(xp, number // size[strip]))
 
 
-def _tiles_of_rows(
+def _even_tiles(
     xp: ModuleType, strip: jax.Array, new_slab: jax.Array, new_unit: jax.Array, layout: SddmmLayout
 ) -> jax.Array:
     """Where tiles begin that end between rows of slabs, or pieces of long ones.
@@ -129,7 +135,7 @@ def _tiles_of_rows(
     of_piece = xp.where(piece < 0, pieces, piece)
     units, slabs = sum_at(xp, of_piece, new_unit, pieces), sum_at(xp, of_piece, new_slab, pieces)
     strip_of_piece = put_at(xp, xp.where(new_piece, piece, pieces), strip, pieces)
-    pieces_of_strip = sum_at(xp, strip, new_piece, layout.strips)
+    pieces_of_strip = sum_at(xp, strip, new_piece, layout.runs)
     ends_of_strips = xp.pad(xp.cumsum(pieces_of_strip), (1, 0))
     index = xp.arange(pieces)
     exists = index < ends_of_strips[-1]
@@ -138,14 +144,18 @@ def _tiles_of_rows(
     # Where the tile that begins with a piece ends at the latest.
     cost = units + layout.row_cost * slabs
     last_cost, last_units, last_slab = xp.cumsum(cost), xp.cumsum(units), xp.cumsum(slabs)
+    first_cost = last_cost - cost - layout.row_cost * (1 - slabs)
     full = xp.searchsorted(last_units, last_units - units + layout.capacity, side="right")
-    full = xp.minimum(full, xp.searchsorted(last_slab, last_slab + layout.max_x_slabs - 1, side="right"))
+    full = xp.minimum(full, xp.searchsorted(last_slab, last_slab + layout.max_rows - 1, side="right"))
     full = xp.minimum(full, ends_of_strips[1:][strip_of_piece])
+    if layout.columns > 1:  # half of the units at most may be of either column
+        half, end = layout.capacity // 2, xp.searchsorted(last_slab, last_slab, side="right")
+        full = xp.minimum(full, xp.where(end - index > half, end, end + half))
 
     def begins(sizes: jax.Array, most: int) -> jax.Array:
         """For rows of sizes, the same for all pieces or one for each; of each strip at least the first `most` tiles."""
         tries = sizes.shape[0]
-        ends = xp.minimum(xp.searchsorted(last_cost, last_cost - cost + sizes, side="right"), full)
+        ends = xp.minimum(xp.searchsorted(last_cost, first_cost + sizes, side="right"), full)
         ends = xp.pad(xp.where(exists, xp.maximum(ends, index + 1), pieces), ((0, 0), (0, 1)), constant_values=pieces)
         ends = (ends + xp.arange(tries)[:, None] * (pieces + 1)).ravel()
         flags = xp.tile(xp.pad(starts, (0, 1)), tries)
