@@ -43,15 +43,22 @@ def read(plan, layout):
         assert 1 <= x_slabs <= layout.max_x_slabs
         assert 1 <= dy_slabs <= layout.max_slabs - x_slabs
         slabs = plan.slabs[tile]
-        assert len(set(slabs[:x_slabs])) == x_slabs
-        in_strip = [place for place in range(layout.strip // layout.slab) if dy_set >> place & 1]
-        first_slab = strip * (layout.strip // layout.slab)
-        assert slabs[x_slabs : x_slabs + dy_slabs].tolist() == [first_slab + place for place in in_strip]
-        if layout.unit >= 64:  # the kernels do not look into slots
+        x_of_units, dy_of_units = (plan.slots[first_unit:last_unit] >> shift & 0xFFFF for shift in (0, 16))
+        if layout.unit >= 64:  # the kernels do not look for the slabs of each unit
             assert units == x_slabs
-            assert dy_slabs == 1
-            x_of_units = plan.slots[first_unit:last_unit] & 0xFFFF
             assert x_of_units.tolist() == list(range(units))
+            assert slabs[x_slabs] == strip
+            assert dy_slabs == 1 or layout.unit == 64
+            assert dy_slabs == 1 or slabs[x_slabs] < slabs[x_slabs + 1]
+            of_column = [int((dy_of_units == x_slabs + column).sum()) for column in range(dy_slabs)]
+            assert dy_of_units.tolist() == np.repeat(x_slabs + np.arange(dy_slabs), of_column).tolist()
+            assert min(of_column) > 0
+            assert dy_slabs == 1 or max(of_column) <= layout.capacity // 2
+        else:
+            assert len(set(slabs[:x_slabs])) == x_slabs
+            in_strip = [place for place in range(layout.strip // layout.slab) if dy_set >> place & 1]
+            first_slab = strip * (layout.strip // layout.slab)
+            assert slabs[x_slabs : x_slabs + dy_slabs].tolist() == [first_slab + place for place in in_strip]
         stored = set()
         for position in range(first, last):
             place = plan.places[position]

@@ -24,9 +24,6 @@ static_assert(kProductRegisters * kProductWarps + kCopyRegisters * kCopyWarps <=
               65536 / kSddmmThreads / 8 * 8 * (kProductWarps + kCopyWarps));
 static_assert(kProductWarps % 4 == 0 && kCopyWarps % 4 == 0, "whole warpgroups hand over registers");
 constexpr int kMaxStages = 12;
-// With fewer units than that, a tile is one unit: what a pair would save is less than what waiting for each other
-// costs.
-constexpr int kLeastPairedUnits = 132;
 constexpr int kRingBytes = 224 * 1024;
 constexpr int kAlignment = 1024;  // of what tensor copies with this swizzle touch
 constexpr int kSharedBytes = kRingBytes + kAlignment;
@@ -60,7 +57,7 @@ struct SddmmKernelParams {
   int all_tiles;  // plan_tiles, and one more if it takes that to make pairs
   TileWalk walk;
   int split;
-  bool paired;  // clusters of two tiles, which share copies of dy where they can
+  bool paired;  // clusters have two tiles, which share copies of dy where they can
   int nnz;
   int block_bits;  // log2 of the block size
   int ratio_bits;  // log2 of the blocks along a unit's side
@@ -85,8 +82,8 @@ struct SddmmShape {
   static_assert(kCapacity * kUnit * kUnit * int{sizeof(float)} <= kRingBytes, "the sums take the place of the stages");
 };
 
-// What one half of the product warps has of a tile of units of 64: units that follow each other, whose slabs of x do too,
-// and their slab of dy, the tile's first or second.
+// What one half of the product warps has of a tile of units of 64: units that follow each other, whose slabs of x do
+// too, and their slab of dy, the tile's first or second.
 struct SddmmHalf {
   int first, count, dy;
 };
@@ -102,17 +99,18 @@ struct SddmmTile {
   int x_slabs, dy_slabs;
   int x_room;  // slabs of x that a stage has room for
   int rank, split;
-  bool shares_dy;  // with the other CTA of a pair
+  bool shares_dy;  // with the other tile of a pair
   int stages;
 
   __device__ explicit SddmmTile(const SddmmKernelParams& p) {
-    const int cluster = blockIdx.x / p.split, place = cluster % p.all_tiles;
     split = p.split;
-    batch = cluster / p.all_tiles;
+    const int at_once = p.paired ? 2 : 1, in_cluster = static_cast<int>(ClusterRank());
+    const int cluster = blockIdx.x / (at_once * split);
+    const int places = p.all_tiles / at_once;
+    batch = cluster / places;
     plan = batch * p.plan_batch_stride;
-    const int at_once = p.paired ? 2 : 1;
-    number = p.walk.At(place / at_once, p.all_tiles / at_once) * at_once + place % at_once;
-    rank = p.paired ? 0 : blockIdx.x % p.split;
+    number = p.walk.At(cluster % places, places) * at_once + in_cluster % at_once;
+    rank = in_cluster / at_once;
     const int4 tile = Entry(p, number), next = Entry(p, number + 1);
     first_block = Clamp(tile.x, 0, p.nnz);
     last_block = Clamp(next.x, first_block, p.nnz);
@@ -186,7 +184,7 @@ template <typename Shape>
 __device__ __forceinline__ void HandBack(const SddmmTile<Shape>& tile, std::uint32_t empty) {
   const int lane = threadIdx.x % 32;
   if (lane == 0) Arrive(empty);
-  if (lane == 1 && tile.shares_dy) ArriveAt(empty, tile.number % 2 ^ 1);
+  if (lane == 1 && tile.shares_dy) ArriveAt(empty, ClusterRank() ^ 1);
 }
 
 // For a product warp: calls multiply(stage) with the address of one stage after the other and hands each back.
@@ -232,7 +230,7 @@ __device__ void CopyStages(const SddmmKernelParams& p, const SddmmTile<Shape>& t
       if (!tile.shares_dy) {
         LoadTensor(at, &p.dy, feature, token, dy_batch, ring.full());
       } else if ((panel - x_panels + chunk) % 2 == tile.number % 2) {  // the CTAs take turns
-        LoadTensorMulticast(at, &p.dy, feature, token, dy_batch, ring.full(), 0b11);
+        LoadTensorMulticast(at, &p.dy, feature, token, dy_batch, ring.full(), 0b11 << 2 * tile.rank);
       }
     }
     ring.Advance();
@@ -263,6 +261,7 @@ __device__ __forceinline__ void StoreBlocks(const SddmmKernelParams& p, const Sd
                                             std::uint32_t sums, Out* data, const Sync& sync) {
   constexpr int kUnitBytes = Shape::kUnit * Shape::kUnit * 4, kThreads = kProductWarps * 32, kAtOnce = 8;
   const int row_bits = p.block_bits - 2, item_bits = p.block_bits + row_bits;  // items of a row and of a block
+  const int at_once = p.paired ? 2 : 1, first_cta = ClusterRank() % at_once;   // whose sums are of this tile
   const int blocks = (tile.last_block - tile.first_block - tile.rank + tile.split - 1) / tile.split;
   const int items = blocks << item_bits, ratio = (1 << p.ratio_bits) - 1;
   data += static_cast<std::int64_t>(tile.batch) * p.nnz << item_bits + 2;
@@ -290,7 +289,7 @@ __device__ __forceinline__ void StoreBlocks(const SddmmKernelParams& p, const Sd
         const int unit_row = (where[i] >> 8 & ratio) << p.block_bits | item >> row_bits;
         const int unit_col = (where[i] >> 12 & ratio) << p.block_bits | (item & (1 << row_bits) - 1) * 4;
         const std::uint32_t address = sums + unit * kUnitBytes + SumOffset<Shape::kUnit>(unit_row, unit_col);
-        const float4 part = kSplit ? LoadOfCluster16(address, rank) : LoadShared16(address);
+        const float4 part = kSplit ? LoadOfCluster16(address, first_cta + rank * at_once) : LoadShared16(address);
         sum[i] = {sum[i].x + part.x, sum[i].y + part.y, sum[i].z + part.z, sum[i].w + part.w};
       }
     }
@@ -387,6 +386,13 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
 
 constexpr int Log2(int value) { return value <= 1 ? 0 : 1 + Log2(value / 2); }
 
+// Whether clusters have two tiles. As in sddmm_layout.py, where plans give both tiles of a pair the same slabs of dy.
+inline bool IsPaired(const SddmmParams& params, int unit) {
+  // With fewer units a tile is one unit: what a pair would save is less than what waiting for each other costs.
+  constexpr int kLeastUnits = 132;
+  return params.plan_units > kLeastUnits && (params.split == 1 || (unit < 64 && params.split % 2 == 0));
+}
+
 // Chooses the walk for units of 64 and 128, whose strips are columns of units: by how many features of x and dy a wave
 // of CTAs needs, if the pattern is even. One strip after the other needs all of x for each wave.
 inline TileWalk ChooseWalk(const SddmmParams& params, int unit, int at_once) {
@@ -425,7 +431,7 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.plan_tiles = params.plan_tiles;
   p.plan_units = params.plan_units;
   p.split = params.split;
-  p.paired = params.split == 1 && params.plan_units > kLeastPairedUnits;
+  p.paired = IsPaired(params, Shape::kUnit);
   const int at_once = p.paired ? 2 : 1;
   p.walk = ChooseWalk(params, Shape::kUnit, at_once);
   p.all_tiles = static_cast<int>(CeilDiv(params.plan_tiles, at_once)) * at_once;
@@ -442,7 +448,7 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   if (ctas > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(p.paired ? 2 : params.split), 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(at_once * params.split), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(ctas);
   config.blockDim = kSddmmThreads;

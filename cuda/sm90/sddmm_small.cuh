@@ -17,9 +17,12 @@ struct SmallConsumers {
   using Shape = SddmmShape<T, kUnit, 32>;
   static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
   static constexpr int kSteps = kUnit / 16;                            // products along a unit's side
-  static constexpr int kTogether = kUnit == 16 ? 2 : 1;                // units between looks at how many there are
+  // Products along the tokens that a pass through the units takes: as few passes as there are registers for.
+  static constexpr int kDepths = 2 / kSteps;
+  static constexpr int kDepthBytes = 16 * kRowBytes;
   static_assert(kUnit == 16 || kUnit == 32);
   static_assert(Shape::kCapacity % kProductWarps == 0 && kMostUnits <= 32);
+  static_assert(Shape::kTokens / 16 % kDepths == 0);
   static_assert(kRingBytes / 16 <= 1 << 16, "an address in a stage fits 16 bits, in pieces of 16 bytes");
 
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
@@ -51,31 +54,38 @@ struct SmallConsumers {
     float sums[kMostUnits][kSteps][2 * kSteps][4] = {};
     ForEachStage(p, tile, ring, stages, [&](std::uint32_t stage) {
 #pragma unroll
-      for (int k = 0; k < Shape::kTokens / 16; ++k) {
-        const std::uint32_t base = stage + k * (16 * 128);
-        std::uint32_t x[kSteps][4], dy[2][kSteps][4];
-        const auto load_x = [&](int i) {
+      for (int k = 0; k < Shape::kTokens / 16; k += kDepths) {
+        const std::uint32_t base = stage + k * kDepthBytes;
+        std::uint32_t x[kDepths][kSteps][4], dy[2][kDepths][kSteps][4];
+        const auto load = [&](std::uint32_t (&to)[kDepths][kSteps][4], std::uint32_t place) {
 #pragma unroll
-          for (int m = 0; m < kSteps; ++m) LoadMatrices<true>(x[m], base + ((places[i] & 0xffff) << 4 ^ m * 32));
-        };
-        const auto load_dy = [&](int i) {
+          for (int d = 0; d < kDepths; ++d) {
 #pragma unroll
-          for (int n = 0; n < kSteps; ++n) LoadMatrices<true>(dy[i % 2][n], base + (places[i] >> 16 << 4 ^ n * 32));
+            for (int step = 0; step < kSteps; ++step) {
+              LoadMatrices<true>(to[d][step], base + d * kDepthBytes + (place << 4 ^ step * 32));
+            }
+          }
         };
+        const auto load_x = [&](int i) { load(x, places[i] & 0xffff); };
+        const auto load_dy = [&](int i) { load(dy[i % 2], places[i] >> 16); };
         // Else the compiler keeps all the conditions below, and runs out of predicates.
         asm volatile("" : "+r"(starts));
         load_x(0);
         load_dy(0);
 #pragma unroll
         for (int i = 0; i < kMostUnits; ++i) {
-          if (i % kTogether == 0 && i >= count) break;  // units beyond the last are multiplied, but not kept
+          if (i >= count) break;
           if (i + 1 < kMostUnits) load_dy(i + 1);
 #pragma unroll
-          for (int m = 0; m < kSteps; ++m) {
+          for (int d = 0; d < kDepths; ++d) {
 #pragma unroll
-            for (int n = 0; n < kSteps; ++n) {
-              MultiplyAdd<T>(sums[i][m][2 * n], x[m], dy[i % 2][n][0], dy[i % 2][n][1]);
-              MultiplyAdd<T>(sums[i][m][2 * n + 1], x[m], dy[i % 2][n][2], dy[i % 2][n][3]);
+            for (int m = 0; m < kSteps; ++m) {
+#pragma unroll
+              for (int n = 0; n < kSteps; ++n) {
+                const std::uint32_t* columns = dy[i % 2][d][n];
+                MultiplyAdd<T>(sums[i][m][2 * n], x[d][m], columns[0], columns[1]);
+                MultiplyAdd<T>(sums[i][m][2 * n + 1], x[d][m], columns[2], columns[3]);
+              }
             }
           }
           if (i + 1 < kMostUnits && (starts >> (i + 1) & 1)) load_x(i + 1);

@@ -67,6 +67,11 @@ class SddmmLayout:
         return -(-self.in_features // self.unit), -(-self.out_features // self.unit)
 
     @property
+    def paired(self) -> bool:
+        """Whether two tiles that follow each other share slabs of dy. As in sddmm_common.cuh."""
+        return self.max_units > 132 and (self.split == 1 or (self.unit < 64 and self.split % 2 == 0))
+
+    @property
     def strips(self) -> int:
         """Strips of columns."""
         return -(-self.out_features // self.strip)
@@ -82,23 +87,23 @@ class SddmmLayout:
         return MAX_SLABS[self.unit]
 
     @property
-    def columns(self) -> int:
-        """The most strips that a tile can have units of."""
+    def strips_of_tile(self) -> int:
+        """The most strips that a tile has units of: neighbouring columns of units of 64 go together."""
         return 2 if self.unit == 64 else 1
 
     @property
     def runs(self) -> int:
         """What tiles cannot reach across: strips, or all of them together."""
-        return self.strips if self.columns == 1 else 1
+        return self.strips if self.strips_of_tile == 1 else 1
 
     @property
     def max_dy_slabs(self) -> int:
         """The most slabs of dy a tile may need."""
-        return self.strip // self.slab * self.columns
+        return self.strip // self.slab * self.strips_of_tile
 
     @property
     def max_rows(self) -> int:
-        return self.columns if self.columns > 1 else self.max_x_slabs
+        return self.strips_of_tile if self.strips_of_tile > 1 else self.max_x_slabs
 
     @property
     def max_x_slabs(self) -> int:
@@ -128,7 +133,7 @@ class SddmmLayout:
     @property
     def row_cost(self) -> int:
         """What a row of slabs adds to the size of a tile besides its units."""
-        return _SLAB_COST[self.unit] if self.whole_rows or self.columns > 1 else 0
+        return _SLAB_COST[self.unit] if self.whole_rows or self.strips_of_tile > 1 else 0
 
     @property
     def sorts_rows(self) -> bool:

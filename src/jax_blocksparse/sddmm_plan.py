@@ -57,7 +57,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     # Tiles of a strip.
     x_slab = unit_row // per_slab
     new_slab = live & (changes(xp, strip) | changes(xp, x_slab))
-    if layout.columns > 1:
+    if layout.strips_of_tile > 1:
         new_tile = _even_tiles(xp, xp.zeros_like(strip), live & changes(xp, strip), new_unit, layout)
     elif layout.whole_rows:
         new_tile = _even_tiles(xp, strip, new_slab, new_unit, layout)
@@ -73,33 +73,45 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     tile = xp.where(live, xp.cumsum(new_tile) - 1, layout.tiles)
     slot = number - number[last_flagged(xp, new_tile)]
 
-    # Slabs of dy, in the order of features.
-    slabs_of_strip, slabs_of_tile = layout.strip // layout.slab, layout.max_dy_slabs
-    dy_slab = unit_col // per_slab
-    in_tile = dy_slab
-    if layout.columns > 1:
-        columns = xp.cumsum(changes(xp, strip))
-        in_tile = columns - columns[last_flagged(xp, new_tile)]
-    used = put_at(xp, tile * slabs_of_tile + in_tile, xp.ones_like(tile), layout.tiles * slabs_of_tile)
-    used = used.reshape(layout.tiles, slabs_of_tile)
-    x_slabs = sum_at(xp, tile, new_slab, layout.tiles)
-    dy_rank = (x_slabs[:, None] + xp.cumsum(used, 1) - used).ravel()
-    dy_rank = dy_rank[xp.minimum(tile, layout.tiles - 1) * slabs_of_tile + in_tile]
+    first = xp.searchsorted(tile, xp.arange(layout.tiles + 1))
+    first_unit = xp.concatenate([xp.zeros(1, number.dtype), xp.cumsum(new_unit)])[first]
+    first_strip = xp.concatenate([strip, xp.zeros(1, strip.dtype)])[first]
 
+    # Slabs of dy, in the order of features: their numbers and one, or 0 for those that are not needed.
+    slabs_of_strip = layout.strip // layout.slab
+    dy_slab = in_tile = unit_col // per_slab
+    if layout.strips_of_tile > 1:
+        strips = xp.cumsum(changes(xp, strip))
+        in_tile = strips - strips[last_flagged(xp, new_tile)]
+    dy_slabs = put_at(
+        xp,
+        tile * layout.max_dy_slabs + in_tile,
+        strip * slabs_of_strip + dy_slab + 1,
+        layout.tiles * layout.max_dy_slabs,
+    ).reshape(layout.tiles, layout.max_dy_slabs)
+    if layout.paired and layout.strips_of_tile == 1:  # both tiles of a pair get what either needs
+        other = xp.minimum(xp.arange(layout.tiles) ^ 1, layout.tiles - 1)
+        alike = (first_strip[:-1] == first_strip[other]) & (dy_slabs > 0).any(1)
+        dy_slabs = xp.maximum(dy_slabs, xp.where(alike[:, None], dy_slabs[other], 0))
+    used = (dy_slabs > 0).astype(np.int32)
+    x_slabs = sum_at(xp, tile, new_slab, layout.tiles)
+    dy_ranks = x_slabs[:, None] + xp.cumsum(used, 1) - used
+    dy_rank = dy_ranks[xp.minimum(tile, layout.tiles - 1), in_tile]
+
+    dy_places = xp.arange(layout.tiles)[:, None] * layout.max_slabs + dy_ranks
     slabs = put_at(
         xp,
-        xp.concatenate([tile * layout.max_slabs + x_rank, tile * layout.max_slabs + dy_rank]),
-        xp.concatenate([x_slab, strip * slabs_of_strip + dy_slab]),
+        xp.concatenate(
+            [tile * layout.max_slabs + x_rank, xp.where(used > 0, dy_places, layout.tiles * layout.max_slabs).ravel()]
+        ),
+        xp.concatenate([x_slab, dy_slabs.ravel() - 1]),
         layout.tiles * layout.max_slabs,
     )
     x_place, dy_place = x_rank * per_slab + unit_row % per_slab, dy_rank * per_slab + unit_col % per_slab
     slots = put_at(xp, xp.where(live, number, layout.max_units), x_place | dy_place << 16, layout.max_units)
-    first = xp.searchsorted(tile, xp.arange(layout.tiles + 1))
-    first_unit = xp.concatenate([xp.zeros(1, number.dtype), xp.cumsum(new_unit)])[first]
-    first_strip = xp.concatenate([strip, xp.zeros(1, strip.dtype)])[first]
-    x_slabs, dy_slabs = (xp.pad(count, (0, 1)) for count in (x_slabs, used.sum(1)))
-    dy_set = xp.pad((used << xp.arange(slabs_of_tile)).sum(1), (0, 1))
-    tiles = xp.stack([first, first_unit, x_slabs | dy_slabs << 8 | first_strip << 16, dy_set], -1)
+    dy_set = (used << xp.arange(layout.max_dy_slabs)).sum(1)
+    counts, dy_set = (xp.pad(words, (0, 1)) for words in (x_slabs | used.sum(1) << 8, dy_set))
+    tiles = xp.stack([first, first_unit, counts | first_strip << 16, dy_set], -1)
 
     eights = layout.block_size // 8
     rows_left = xp.minimum(eights, layout.in_features // 8 - rows * eights)
@@ -148,7 +160,7 @@ def _even_tiles(
     full = xp.searchsorted(last_units, last_units - units + layout.capacity, side="right")
     full = xp.minimum(full, xp.searchsorted(last_slab, last_slab + layout.max_rows - 1, side="right"))
     full = xp.minimum(full, ends_of_strips[1:][strip_of_piece])
-    if layout.columns > 1:  # half of the units at most may be of either column
+    if layout.strips_of_tile > 1:  # half of the units at most may be of either column
         half, end = layout.capacity // 2, xp.searchsorted(last_slab, last_slab, side="right")
         full = xp.minimum(full, xp.where(end - index > half, end, end + half))
 
