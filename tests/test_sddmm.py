@@ -87,6 +87,23 @@ def test_tiles_shared_by_several_equal_the_dense_product(block_size, shape, dens
     assert np.asarray(product(x, dy, pattern)).tobytes() == got.tobytes()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("tokens", [64, 330])
+def test_tiles_with_units_of_two_columns_equal_the_dense_product(tokens, dtype):
+    lengths = [7, 1, 1, 12, 30, 2, 0, 5, 5, 6, 3, 1, 9, 2, 2] * 2
+    rows = np.concatenate([np.arange(length) + col % 3 for col, length in enumerate(lengths)])
+    shape = 64 * 32, 64 * len(lengths)
+    pattern = jbs.BlockPattern.from_coordinates(
+        rows, np.repeat(np.arange(len(lengths)), lengths), shape=shape, block_size=64
+    )
+    x, dy = (cases.normal((tokens, size), dtype, seed=6) for size in shape)
+    product = jax.jit(functools.partial(jbs.sddmm, implementation="native"))
+    got = np.asarray(product(x, dy, pattern))
+    assert cases.relative_error(got, cases.sampled(cases.wide(x).T @ cases.wide(dy), pattern)) < 4e-3
+    assert np.asarray(product(x, dy, pattern)).tobytes() == got.tobytes()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", cases.BLOCKS + cases.TILES, ids=str)
 def test_16_bit_inputs_can_give_float32(dtype, case, device):

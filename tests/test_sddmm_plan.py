@@ -134,17 +134,32 @@ def test_tiles_are_even(whole_rows):
     assert slabs.max() <= 1.1 * slabs.mean()
 
 
-@pytest.mark.parametrize(("block", "split"), [(16, 2), (32, 3)])
+@pytest.mark.parametrize(("block", "split"), [(16, 2), (32, 3), (64, 2)])
 @pytest.mark.parametrize("kind", ["skewed", "banded"])
 def test_tiles_of_uneven_patterns_are_as_few_as_those_of_even_ones(block, split, kind):
     shape, target = (4096, 4096), 132 // split - 5 * (split == 3)
     make = {"skewed": functools.partial(patterns.barabasi_albert, seed=0), "banded": patterns.banded}[kind]
     pattern = make(shape, block, density=0.1)
     rows, cols = np.asarray(pattern.rows), np.asarray(pattern.cols)
-    layout = SddmmLayout(*shape, block, rows.size, block, 512 if block == 16 else 832, target, split, True)
+    strip = {16: 512, 32: 832, 64: 64}[block]
+    layout = SddmmLayout(*shape, block, rows.size, block, strip, target, split, block < 64)
     plan = make_plan(rows, cols, layout, np)
     assert units_and_slabs(plan)[0].size <= target
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)
+
+
+@pytest.mark.parametrize("target", [4, 5, 7, 20])
+@pytest.mark.parametrize("lengths", [(7, 7, 7, 7), (13, 1, 1, 6, 6, 1), (1, 0, 1, 0, 0, 1), (6, 7, 8, 5, 0, 3, 24)])
+def test_tiles_of_large_blocks_end_in_the_next_column_if_need_be(lengths, target):
+    rows = np.concatenate([np.arange(length) for length in lengths] + [[-1, 3]]).astype(np.int32)
+    cols = np.concatenate([np.repeat(np.arange(len(lengths)), lengths), [0, 99]]).astype(np.int32)
+    layout = SddmmLayout(64 * 24, 64 * 8, 64, rows.size, 64, 64, target, split=1, whole_rows=False)
+    plan = make_plan(rows, cols, layout, np)
+    assert sorted(read(plan, layout)) == expected(rows, cols, layout)
+    units, slabs = units_and_slabs(plan)
+    assert units.size <= max(target, sum(-(-length // 12) for length in lengths))
+    if target == 4 and lengths == (7, 7, 7, 7):  # one column each, since a second one would cost a slab more
+        assert slabs.tolist() == [8] * 4
 
 
 @pytest.mark.parametrize("units", [1, 160, 161, 400])
@@ -159,12 +174,12 @@ def test_long_rows_are_taken_in_pieces(units):
 @pytest.mark.parametrize("seed", range(8))
 def test_tiles_have_room_in_their_lists(seed):
     rng = np.random.default_rng(seed)
-    block = int(rng.choice([16, 32]))
+    block = int(rng.choice([16, 32, 64]))
     grid = rng.integers(1, 60, 2)
     rows, cols = np.nonzero(rng.random(grid) < np.outer(rng.random(grid[0]) ** 4, rng.random(grid[1]) ** 3) * 4)
     shape = [int(size) * block for size in grid]
-    strip, target = 64 * int(rng.integers(1, 10)), int(rng.integers(1, 100))
-    layout = SddmmLayout(*shape, block, rows.size, block, strip, target, 1, whole_rows=True)
+    strip, target = 64 * int(rng.integers(1, 10)) if block < 64 else 64, int(rng.integers(1, 100))
+    layout = SddmmLayout(*shape, block, rows.size, block, strip, target, 1, whole_rows=block < 64)
     plan = make_plan(rows.astype(np.int32), cols.astype(np.int32), layout, np)
     assert units_and_slabs(plan)[0].size <= layout.tiles
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)

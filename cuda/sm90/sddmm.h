@@ -2,8 +2,9 @@
 //
 // Everything that depends on the pattern comes as plan arrays (src/jax_blocksparse/sddmm_plan.py makes and describes
 // them). The kernels compute units: squares of features that are a block or hold several. A tile is some units and the
-// slabs of x and dy that they need; units of 64 and 128 share one slab of dy and lie in the order of their slabs of x.
-// No content of the plan arrays can lead outside a buffer, or make CTAs wait for each other in vain.
+// slabs of x and dy that they need. Units of 64 and 128 have a slab of x each, in the same order, and share a slab of
+// dy; of units of 64 there may be two, the first for the first units and the second for the others. No content of the
+// plan arrays can lead outside a buffer, or make CTAs wait for each other in vain.
 #pragma once
 
 #include <cuda_runtime_api.h>

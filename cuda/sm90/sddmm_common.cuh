@@ -387,10 +387,10 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
 constexpr int Log2(int value) { return value <= 1 ? 0 : 1 + Log2(value / 2); }
 
 // Whether clusters have two tiles. As in sddmm_layout.py, where plans give both tiles of a pair the same slabs of dy.
-inline bool IsPaired(const SddmmParams& params, int unit) {
+inline bool IsPaired(const SddmmParams& params) {
   // With fewer units a tile is one unit: what a pair would save is less than what waiting for each other costs.
   constexpr int kLeastUnits = 132;
-  return params.plan_units > kLeastUnits && (params.split == 1 || (unit < 64 && params.split % 2 == 0));
+  return params.plan_units > kLeastUnits && params.split == 1;
 }
 
 // Chooses the walk for units of 64 and 128, whose strips are columns of units: by how many features of x and dy a wave
@@ -431,7 +431,7 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.plan_tiles = params.plan_tiles;
   p.plan_units = params.plan_units;
   p.split = params.split;
-  p.paired = IsPaired(params, Shape::kUnit);
+  p.paired = IsPaired(params);
   const int at_once = p.paired ? 2 : 1;
   p.walk = ChooseWalk(params, Shape::kUnit, at_once);
   p.all_tiles = static_cast<int>(CeilDiv(params.plan_tiles, at_once)) * at_once;

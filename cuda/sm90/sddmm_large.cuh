@@ -1,7 +1,8 @@
 // The blocks of x^T dy on Hopper by warpgroup products, for units of 64 and 128.
 //
 // A CTA has a tile of units, 12 of 64 or 3 of 128, in one column of units, and keeps their sums in registers for all
-// tokens. Four warps copy, for each chunk of tokens, the slabs of x and the slab of dy into a ring of stages; two
+// tokens. Where columns are uneven, a tile of units of 64 may have the end of one and the beginning of the next: one
+// for each warpgroup. Four warps copy, for each chunk of tokens, the slabs of x and of dy into a ring of stages; two
 // warpgroups multiply straight from shared memory, where both operands are stored token by token, "MN-major". They
 // compute dy^T x: 64 features of dy meet up to 256 of x in one instruction, which reads dy once for four panels of x;
 // shared memory could not feed narrower products and be filled at the same time. Two CTAs with the same slab of dy copy
@@ -27,7 +28,7 @@ struct LargeConsumers {
   static_assert(kMostPanels * kSums <= 192, "the registers that are left for the rest");
   static_assert(kMostPanels <= 2 * kMostAtOnce);
 
-  // Units of 128: each warpgroup has a panel of dy, and all of x.
+  // Units of 128: each warpgroup has a panel of dy, and all of x. Of 64: see SddmmHalf.
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
     SddmmHalf part = {0, tile.x_slabs * Shape::kPanelsPerSlab, warp / 4};

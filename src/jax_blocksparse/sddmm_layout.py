@@ -67,11 +67,6 @@ class SddmmLayout:
         return -(-self.in_features // self.unit), -(-self.out_features // self.unit)
 
     @property
-    def paired(self) -> bool:
-        """Whether two tiles that follow each other share slabs of dy. As in sddmm_common.cuh."""
-        return self.max_units > 132 and (self.split == 1 or (self.unit < 64 and self.split % 2 == 0))
-
-    @property
     def strips(self) -> int:
         """Strips of columns."""
         return -(-self.out_features // self.strip)
@@ -87,23 +82,14 @@ class SddmmLayout:
         return MAX_SLABS[self.unit]
 
     @property
-    def strips_of_tile(self) -> int:
-        """The most strips that a tile has units of: neighbouring columns of units of 64 go together."""
-        return 2 if self.unit == 64 else 1
-
-    @property
-    def runs(self) -> int:
-        """What tiles cannot reach across: strips, or all of them together."""
-        return self.strips if self.strips_of_tile == 1 else 1
+    def crosses_strips(self) -> bool:
+        """Whether a tile may have units of two strips that follow each other."""
+        return self.unit == 64
 
     @property
     def max_dy_slabs(self) -> int:
         """The most slabs of dy a tile may need."""
-        return self.strip // self.slab * self.strips_of_tile
-
-    @property
-    def max_rows(self) -> int:
-        return self.strips_of_tile if self.strips_of_tile > 1 else self.max_x_slabs
+        return self.strip // self.slab * (2 if self.crosses_strips else 1)
 
     @property
     def max_x_slabs(self) -> int:
@@ -114,6 +100,11 @@ class SddmmLayout:
     def max_units(self) -> int:
         """As many units as any pattern can have."""
         return min(self.nnz, math.prod(self.units))
+
+    @property
+    def paired(self) -> bool:
+        """Whether two tiles that follow each other share slabs of dy. As in sddmm_common.cuh."""
+        return self.max_units > 132 and self.split == 1
 
     @property
     def slab_rows(self) -> int:
@@ -131,9 +122,9 @@ class SddmmLayout:
         return max(1, min(self.max_units, self.strips * self.slab_rows + self.max_units // self.piece))
 
     @property
-    def row_cost(self) -> int:
-        """What a row of slabs adds to the size of a tile besides its units."""
-        return _SLAB_COST[self.unit] if self.whole_rows or self.strips_of_tile > 1 else 0
+    def slab_cost(self) -> int:
+        """What a row of slabs adds to the size of a tile besides its units; a column of them, where tiles have two."""
+        return _SLAB_COST[self.unit]
 
     @property
     def sorts_rows(self) -> bool:
@@ -145,7 +136,7 @@ class SddmmLayout:
     @property
     def max_size(self) -> int:
         """The size beyond which no tile fits."""
-        return self.capacity + self.row_cost * self.max_slabs
+        return self.capacity + self.slab_cost * self.max_slabs
 
     @property
     def tiles(self) -> int:
@@ -181,7 +172,7 @@ class SddmmPlan(NamedTuple):
       slabs: (tiles, max_slabs), numbers of slabs, those of x first.
       slots: (max_units,); per unit, those of a tile together and in rows of units: bits 0 to 15 and 16 to 31 say where
         its x and its dy lie in the tile's slabs, in units (position in `slabs` * units of a slab + unit in the slab).
-        For units of 64 and 128 that is where the unit is in its tile, and behind the last: the kernels know.
+        For units of 64 and 128 the first is where the unit is in its tile.
       order: (nnz,) block ids, those of a tile together, inert ones last.
       places: (nnz,) for each block of `order`, where it is in its tile. Bits 0 to 7: which of the units; 8 to 11 and 12
         to 15: row and column of blocks in the unit; 16 to 20 and 21 to 25: rows and columns that exist, in eights.

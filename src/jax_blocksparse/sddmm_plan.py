@@ -2,11 +2,12 @@
 
 The kernels work on units: squares of features that are the pattern's blocks, or larger and hold several. The columns of
 units are cut into strips, and the units of a strip, taken row by row, into tiles of about the same number or the same
-work, at most what a CTA's registers hold. A tile needs some slabs of x and of dy: 64 neighbouring features (128 for
-units of 128). Everything here is static in size, so that a plan can be made by NumPy on the host or by jax.numpy under
-jit.
+work, at most what a CTA's registers hold; tiles of units of 64 may end in the strip after the one they begin in. A tile
+needs some slabs of x and of dy: 64 neighbouring features (128 for units of 128). Everything here is static in size, so
+that a plan can be made by NumPy on the host or by jax.numpy under jit.
 """
 
+import math
 from types import ModuleType
 
 import jax
@@ -42,7 +43,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     # Units by strip, row and column; blocks of the same unit are neighbours.
     live = is_live(rows, cols, layout.grid)
     unit_row, unit_col = rows // ratio, cols // ratio
-    place = unit_col // width * height + unit_row  # of units of 64 and 128 a strip is a column
+    place = unit_col // width * height + unit_row
     if layout.sorts_rows:
         place = _sorted_rows(xp, live, unit_row, unit_col, layout)[xp.where(live, place, 0)]
     key = xp.where(live, place * width + unit_col % width, strips * height * width)
@@ -57,10 +58,10 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     # Tiles of a strip.
     x_slab = unit_row // per_slab
     new_slab = live & (changes(xp, strip) | changes(xp, x_slab))
-    if layout.strips_of_tile > 1:
-        new_tile = _even_tiles(xp, xp.zeros_like(strip), live & changes(xp, strip), new_unit, layout)
+    if layout.crosses_strips:
+        new_tile = _even_tiles(xp, xp.zeros_like(strip), new_unit, new_unit & changes(xp, strip), layout)
     elif layout.whole_rows:
-        new_tile = _even_tiles(xp, strip, new_slab, new_unit, layout)
+        new_tile = _even_tiles(xp, strip, new_unit, new_slab, layout)
     else:
         new_tile = _tiles_of_units(xp, strip, new_unit, layout)
 
@@ -78,39 +79,34 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     first_strip = xp.concatenate([strip, xp.zeros(1, strip.dtype)])[first]
 
     # Slabs of dy, in the order of features: their numbers and one, or 0 for those that are not needed.
-    slabs_of_strip = layout.strip // layout.slab
-    dy_slab = in_tile = unit_col // per_slab
-    if layout.strips_of_tile > 1:
-        strips = xp.cumsum(changes(xp, strip))
-        in_tile = strips - strips[last_flagged(xp, new_tile)]
-    dy_slabs = put_at(
-        xp,
-        tile * layout.max_dy_slabs + in_tile,
-        strip * slabs_of_strip + dy_slab + 1,
-        layout.tiles * layout.max_dy_slabs,
-    ).reshape(layout.tiles, layout.max_dy_slabs)
-    if layout.paired and layout.strips_of_tile == 1:  # both tiles of a pair get what either needs
+    dy_slab = strip * (layout.strip // layout.slab) + unit_col // per_slab
+    in_tile = unit_col // per_slab
+    if layout.crosses_strips:
+        strips_up_to = xp.cumsum(changes(xp, strip))
+        in_tile = xp.minimum(strips_up_to - strips_up_to[last_flagged(xp, new_tile)], layout.max_dy_slabs - 1)
+    shape = layout.tiles, layout.max_dy_slabs
+    needed = put_at(xp, tile * shape[1] + in_tile, dy_slab + 1, math.prod(shape)).reshape(shape)
+    if layout.paired and not layout.crosses_strips:  # both tiles of a pair get what either needs
         other = xp.minimum(xp.arange(layout.tiles) ^ 1, layout.tiles - 1)
-        alike = (first_strip[:-1] == first_strip[other]) & (dy_slabs > 0).any(1)
-        dy_slabs = xp.maximum(dy_slabs, xp.where(alike[:, None], dy_slabs[other], 0))
-    used = (dy_slabs > 0).astype(np.int32)
+        alike = (first_strip[:-1] == first_strip[other]) & (needed > 0).any(1)
+        needed = xp.maximum(needed, xp.where(alike[:, None], needed[other], 0))
+    exists = (needed > 0).astype(np.int32)
     x_slabs = sum_at(xp, tile, new_slab, layout.tiles)
-    dy_ranks = x_slabs[:, None] + xp.cumsum(used, 1) - used
+    dy_ranks = x_slabs[:, None] + xp.cumsum(exists, 1) - exists
     dy_rank = dy_ranks[xp.minimum(tile, layout.tiles - 1), in_tile]
 
-    dy_places = xp.arange(layout.tiles)[:, None] * layout.max_slabs + dy_ranks
+    places = layout.tiles * layout.max_slabs
+    dy_places = xp.where(exists > 0, xp.arange(layout.tiles)[:, None] * layout.max_slabs + dy_ranks, places)
     slabs = put_at(
         xp,
-        xp.concatenate(
-            [tile * layout.max_slabs + x_rank, xp.where(used > 0, dy_places, layout.tiles * layout.max_slabs).ravel()]
-        ),
-        xp.concatenate([x_slab, dy_slabs.ravel() - 1]),
-        layout.tiles * layout.max_slabs,
+        xp.concatenate([tile * layout.max_slabs + x_rank, dy_places.ravel()]),
+        xp.concatenate([x_slab, needed.ravel() - 1]),
+        places,
     )
     x_place, dy_place = x_rank * per_slab + unit_row % per_slab, dy_rank * per_slab + unit_col % per_slab
     slots = put_at(xp, xp.where(live, number, layout.max_units), x_place | dy_place << 16, layout.max_units)
-    dy_set = (used << xp.arange(layout.max_dy_slabs)).sum(1)
-    counts, dy_set = (xp.pad(words, (0, 1)) for words in (x_slabs | used.sum(1) << 8, dy_set))
+    dy_set = (exists << xp.arange(layout.max_dy_slabs)).sum(1)
+    counts, dy_set = (xp.pad(words, (0, 1)) for words in (x_slabs | exists.sum(1) << 8, dy_set))
     tiles = xp.stack([first, first_unit, counts | first_strip << 16, dy_set], -1)
 
     eights = layout.block_size // 8
@@ -133,41 +129,44 @@ def _tiles_of_units(xp: ModuleType, strip: jax.Array, new_unit: jax.Array, layou
 
 
 def _even_tiles(
-    xp: ModuleType, strip: jax.Array, new_slab: jax.Array, new_unit: jax.Array, layout: SddmmLayout
+    xp: ModuleType, strip: jax.Array, new_unit: jax.Array, new_slab: jax.Array, layout: SddmmLayout
 ) -> jax.Array:
     """Where tiles begin that end between rows of slabs, or pieces of long ones.
 
     Each takes pieces of its strip until the next one would make it larger than any may be, which is as small as the
-    target allows. Size is units and `row_cost` for each piece.
+    target allows. Size is units and `slab_cost` for each row that a tile has a piece of.
+
+    Where tiles cross strips, all units count as one strip, and the real strips, columns of units, as the rows.
     """
-    pieces = layout.pieces
+    pieces, strips = layout.pieces, 1 if layout.crosses_strips else layout.strips
+    most_slabs = layout.max_dy_slabs if layout.crosses_strips else layout.max_x_slabs
     number = xp.cumsum(new_unit)
     new_piece = new_unit & ((number - number[last_flagged(xp, new_slab)]) % layout.piece == 0)
     piece = xp.cumsum(new_piece) - 1
     of_piece = xp.where(piece < 0, pieces, piece)
     units, slabs = sum_at(xp, of_piece, new_unit, pieces), sum_at(xp, of_piece, new_slab, pieces)
     strip_of_piece = put_at(xp, xp.where(new_piece, piece, pieces), strip, pieces)
-    pieces_of_strip = sum_at(xp, strip, new_piece, layout.runs)
+    pieces_of_strip = sum_at(xp, strip, new_piece, strips)
     ends_of_strips = xp.pad(xp.cumsum(pieces_of_strip), (1, 0))
     index = xp.arange(pieces)
     exists = index < ends_of_strips[-1]
     starts = exists & changes(xp, strip_of_piece)
 
     # Where the tile that begins with a piece ends at the latest.
-    cost = units + layout.row_cost * slabs
+    cost = units + layout.slab_cost * slabs
     last_cost, last_units, last_slab = xp.cumsum(cost), xp.cumsum(units), xp.cumsum(slabs)
-    first_cost = last_cost - cost - layout.row_cost * (1 - slabs)
+    cost_before = last_cost - cost - layout.slab_cost * (1 - slabs)  # the slab of a row that began earlier counts again
     full = xp.searchsorted(last_units, last_units - units + layout.capacity, side="right")
-    full = xp.minimum(full, xp.searchsorted(last_slab, last_slab + layout.max_rows - 1, side="right"))
+    full = xp.minimum(full, xp.searchsorted(last_slab, last_slab + most_slabs - 1, side="right"))
     full = xp.minimum(full, ends_of_strips[1:][strip_of_piece])
-    if layout.strips_of_tile > 1:  # half of the units at most may be of either column
-        half, end = layout.capacity // 2, xp.searchsorted(last_slab, last_slab, side="right")
-        full = xp.minimum(full, xp.where(end - index > half, end, end + half))
+    if layout.crosses_strips:  # half of the product warps have those of either column
+        half, end_of_column = layout.capacity // 2, xp.searchsorted(last_slab, last_slab, side="right")
+        full = xp.minimum(full, end_of_column + xp.where(end_of_column - index > half, 0, half))
 
     def begins(sizes: jax.Array, most: int) -> jax.Array:
         """For rows of sizes, the same for all pieces or one for each; of each strip at least the first `most` tiles."""
         tries = sizes.shape[0]
-        ends = xp.minimum(xp.searchsorted(last_cost, first_cost + sizes, side="right"), full)
+        ends = xp.minimum(xp.searchsorted(last_cost, cost_before + sizes, side="right"), full)
         ends = xp.pad(xp.where(exists, xp.maximum(ends, index + 1), pieces), ((0, 0), (0, 1)), constant_values=pieces)
         ends = (ends + xp.arange(tries)[:, None] * (pieces + 1)).ravel()
         flags = xp.tile(xp.pad(starts, (0, 1)), tries)
