@@ -387,10 +387,11 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
 constexpr int Log2(int value) { return value <= 1 ? 0 : 1 + Log2(value / 2); }
 
 // Whether clusters have two tiles. As in sddmm_layout.py, where plans give both tiles of a pair the same slabs of dy.
-inline bool IsPaired(const SddmmParams& params) {
-  // With fewer units a tile is one unit: what a pair would save is less than what waiting for each other costs.
-  constexpr int kLeastUnits = 132;
-  return params.plan_units > kLeastUnits && params.split == 1;
+inline bool IsPaired(const SddmmParams& params, int unit) {
+  // With fewer units a tile is one unit, or has few: what a pair would save is less than what waiting for each other
+  // costs.
+  if (params.split == 1) return params.plan_units > 132;
+  return params.split % 2 == 0 && unit < 64 && params.plan_units > 1536;
 }
 
 // Chooses the walk for units of 64 and 128, whose strips are columns of units: by how many features of x and dy a wave
@@ -431,7 +432,7 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.plan_tiles = params.plan_tiles;
   p.plan_units = params.plan_units;
   p.split = params.split;
-  p.paired = IsPaired(params);
+  p.paired = IsPaired(params, Shape::kUnit);
   const int at_once = p.paired ? 2 : 1;
   p.walk = ChooseWalk(params, Shape::kUnit, at_once);
   p.all_tiles = static_cast<int>(CeilDiv(params.plan_tiles, at_once)) * at_once;

@@ -104,7 +104,9 @@ class SddmmLayout:
     @property
     def paired(self) -> bool:
         """Whether two tiles that follow each other share slabs of dy. As in sddmm_common.cuh."""
-        return self.max_units > 132 and self.split == 1
+        if self.split == 1:
+            return self.max_units > 132
+        return self.split % 2 == 0 and self.unit < 64 and self.max_units > 1536
 
     @property
     def slab_rows(self) -> int:
@@ -185,12 +187,15 @@ class SddmmPlan(NamedTuple):
     places: jax.Array
 
 
-_CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22}
-"""By the number of CTAs that share a tile: clusters that an H100 runs at a time."""
+_AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22}
+"""By the number of CTAs that share a tile: the tiles that an H100 works on at a time, one in a cluster."""
+_PAIRS_AT_ONCE = {1: 66, 2: 30, 4: 14}
+"""The same with two tiles in a cluster: pairs."""
 
 # Microseconds that a tile of 8192 tokens takes, measured on an H100, by unit.
 _START = {16: 15.0, 32: 25.0, 64: 45.0, 128: 28.0}
 _COPY = {16: 14.0, 32: 12.0, 64: 9.0, 128: 18.0}  # of a slab
+_FOR_TWO = 0.55  # of that, a slab of dy that pairs copy together whose tiles are shared besides
 _CROWDED = 14.0  # each slab of units of 64 beyond nine takes besides: stages get large, and few fit
 _MULTIPLY = {16: 2.1, 32: 4.95, 64: 9.3, 128: 32.0}  # of a unit
 
@@ -216,14 +221,18 @@ def _layouts(in_features: int, out_features: int, block_size: int, nnz: int) -> 
         for width in range(1, min(widest, dy_slabs) + 1):
             if 0 < dy_slabs % width < 0.75 * width:
                 continue  # the last strip would be much narrower
-            for split, clusters in _CLUSTERS.items():
+            for split, whole_rows in itertools.product(_AT_ONCE, kinds):
                 if unit == 128 and split > 1:
                     continue  # never faster, as measured
-                for waves, whole_rows in itertools.product((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), kinds):
-                    target = waves * clusters
-                    yield SddmmLayout(
-                        in_features, out_features, block_size, nnz, unit, width * slab, target, split, whole_rows
-                    )
+                layout = SddmmLayout(
+                    in_features, out_features, block_size, nnz, unit, width * slab, 1, split, whole_rows
+                )
+                for waves in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
+                    yield dataclasses.replace(layout, target=waves * _at_once(layout))
+
+
+def _at_once(layout: SddmmLayout) -> int:
+    return 2 * _PAIRS_AT_ONCE[layout.split] if layout.paired else _AT_ONCE[layout.split]
 
 
 def _expected_time(layout: SddmmLayout) -> float:
@@ -251,7 +260,9 @@ def _expected_time(layout: SddmmLayout) -> float:
         x_slabs = min(x_slabs, units)
     if units > layout.capacity or x_slabs > layout.max_x_slabs:
         return math.inf
-    waves = math.ceil((layout.target if layout.whole_rows else layout.strips * tiles) / _CLUSTERS[layout.split])
+    waves = math.ceil((layout.target if layout.whole_rows else layout.strips * tiles) / _at_once(layout))
+    if layout.paired and layout.split > 1:
+        dy_slabs *= _FOR_TWO
     copy, multiply = _COPY[layout.unit] * (x_slabs + dy_slabs), _MULTIPLY[layout.unit] * units
     if layout.unit == 64:
         copy += _CROWDED * max(0, x_slabs + dy_slabs - 9)
