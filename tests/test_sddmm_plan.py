@@ -131,7 +131,16 @@ def test_tiles_are_even(whole_rows):
     units, slabs = units_and_slabs(make_plan(rows, cols, layout, np))
     assert 30 <= units.size <= 32
     assert units.max() <= (1.1 if whole_rows else 1.02) * units.mean()
-    assert slabs.max() <= 1.1 * slabs.mean()
+    assert slabs.max() <= 1.15 * slabs.mean()
+
+
+def test_as_many_tiles_as_the_target_says_are_used():
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.permutation(256)[:13] for _ in range(256)]).astype(np.int32)
+    layout = SddmmLayout(4096, 4096, 16, rows.size, 16, 832, target=30, split=4, whole_rows=True)
+    units, _ = units_and_slabs(make_plan(rows, np.repeat(np.arange(256, dtype=np.int32), 13), layout, np))
+    assert units.size == 30
+    assert units.max() <= 1.1 * units.mean()
 
 
 @pytest.mark.parametrize(("block", "split"), [(16, 2), (32, 3), (64, 2)])

@@ -7,15 +7,10 @@
 
 namespace jax_blocksparse::sm90 {
 
-constexpr std::int64_t kClustersOfTwo = 66;  // that an H100 runs at a time
-
 template <typename T, int kUnit>
 cudaError_t LaunchUnit(const SddmmParams& params, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
-    SddmmParams chosen = params;
-    // In TF32 a unit of 128 takes so long that two CTAs had better share one than leave half of the SMs without any.
-    if (kUnit == 128 && params.split == 1 && params.batch * params.plan_tiles <= kClustersOfTwo) chosen.split = 2;
-    return LaunchSddmmShape<T, typename TF32Consumers<kUnit>::Shape, SddmmTF32Kernel<kUnit>>(chosen, stream);
+    return LaunchSddmmShape<T, typename TF32Consumers<kUnit>::Shape, SddmmTF32Kernel<kUnit>>(params, stream);
   } else if constexpr (kUnit < 64) {
     return LaunchSddmmShape<T, typename SmallConsumers<T, kUnit>::Shape, SddmmSmallKernel<T, kUnit>>(params, stream);
   } else {

@@ -97,7 +97,10 @@ template <int kUnit>
 struct SmallTF32Consumers {
   using Shape = SddmmShape<float, kUnit, 16>;
   static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
+  // Products along the tokens that a pass through the units takes: as few passes as there are registers for.
+  static constexpr int kDepths = 32 / kUnit;
   static_assert(kUnit == 16 || kUnit == 32);
+  static_assert(Shape::kTokens / 8 % kDepths == 0);
   static_assert(Shape::kCapacity % kProductWarps == 0 && kMostUnits <= 32);
   static_assert(Shape::kPanel % kUnit == 0, "a unit is in one panel");
   static_assert(kRingBytes / 4 <= 1 << 16, "an address in a stage fits 16 bits, in units of 4 bytes");
@@ -128,21 +131,27 @@ struct SmallTF32Consumers {
     PieceSums<kUnit> sums[kMostUnits];
     ForEachStage(p, tile, ring, stages, [&](std::uint32_t stage) {
 #pragma unroll
-      for (int k = 0; k < Shape::kTokens / 8; ++k) {
-        const std::uint32_t tokens = stage + k / 2 * (2 * kEightTokens), parity = k % 2 * kNextToken;
-        XFragments<kUnit> x;
-        DyFragments<kUnit> dy[2];
-        const auto load_x = [&](int i) { Load(x, tokens, (places[i] & 0xffff) << 2 ^ parity); };
-        const auto load_dy = [&](int i) { Load(dy[i % 2], tokens, places[i] >> 16 << 2 ^ parity); };
+      for (int k = 0; k < Shape::kTokens / 8; k += kDepths) {
+        XFragments<kUnit> x[kDepths];
+        DyFragments<kUnit> dy[2][kDepths];
+        const auto load = [&](auto& to, std::uint32_t place) {
+#pragma unroll
+          for (int d = 0; d < kDepths; ++d) {
+            Load(to[d], stage + (k + d) / 2 * (2 * kEightTokens), place << 2 ^ (k + d) % 2 * kNextToken);
+          }
+        };
+        const auto load_x = [&](int i) { load(x, places[i] & 0xffff); };
+        const auto load_dy = [&](int i) { load(dy[i % 2], places[i] >> 16); };
         // Else the compiler keeps all the conditions below, and runs out of predicates.
         asm volatile("" : "+r"(starts));
         load_x(0);
         load_dy(0);
 #pragma unroll
         for (int i = 0; i < kMostUnits; ++i) {
-          if (i % 2 == 0 && i >= count) break;  // units beyond the last are multiplied, but not kept
+          if (i >= count) break;
           if (i + 1 < kMostUnits) load_dy(i + 1);
-          sums[i].Add(x, dy[i % 2]);
+#pragma unroll
+          for (int d = 0; d < kDepths; ++d) sums[i].Add(x[d], dy[i % 2][d]);
           if (i + 1 < kMostUnits && (starts >> (i + 1) & 1)) load_x(i + 1);
         }
       }

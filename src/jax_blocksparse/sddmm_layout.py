@@ -105,8 +105,10 @@ class SddmmLayout:
     def paired(self) -> bool:
         """Whether two tiles that follow each other share slabs of dy. As in sddmm_common.cuh."""
         if self.split == 1:
-            return self.max_units > 132
-        return self.split % 2 == 0 and self.unit < 64 and self.max_units > 1536
+            return self.max_units > _LEAST_FOR_PAIRS[1]
+        sparse = 8 * self.max_units <= math.prod(self.units)
+        in_one_wave = self.max_units <= _PAIRED_AT_ONCE[2] * self.capacity
+        return self.split == 2 and self.unit < 64 and sparse and in_one_wave and self.max_units > _LEAST_FOR_PAIRS[2]
 
     @property
     def slab_rows(self) -> int:
@@ -187,15 +189,19 @@ class SddmmPlan(NamedTuple):
     places: jax.Array
 
 
+_LEAST_FOR_PAIRS = {1: 132, 2: 1536}
+"""By the number of CTAs that share a tile: with fewer units, tiles have few, and pairs save too little."""
 _AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22}
-"""By the number of CTAs that share a tile: the tiles that an H100 works on at a time, one in a cluster."""
-_PAIRS_AT_ONCE = {1: 66, 2: 30, 4: 14}
-"""The same with two tiles in a cluster: pairs."""
+"""By the number of CTAs that share a tile: the tiles that an H100 works on at a time."""
+_PAIRED_AT_ONCE = {1: 132, 2: 60}
+"""The same if each cluster has two."""
 
 # Microseconds that a tile of 8192 tokens takes, measured on an H100, by unit.
 _START = {16: 15.0, 32: 25.0, 64: 45.0, 128: 28.0}
 _COPY = {16: 14.0, 32: 12.0, 64: 9.0, 128: 18.0}  # of a slab
-_FOR_TWO = 0.55  # of that, a slab of dy that pairs copy together whose tiles are shared besides
+_UNEVEN = {16: 10, 32: 5}  # units that the fullest tile of whole rows has more than others, at most
+_FOR_TWO = 0.8  # of that, a slab of dy that pairs copy together whose tiles are shared besides
+_APART = 1.1  # times that, slabs of many small units where three or more share tiles: few CTAs copy the same then
 _CROWDED = 14.0  # each slab of units of 64 beyond nine takes besides: stages get large, and few fit
 _MULTIPLY = {16: 2.1, 32: 4.95, 64: 9.3, 128: 32.0}  # of a unit
 
@@ -222,17 +228,21 @@ def _layouts(in_features: int, out_features: int, block_size: int, nnz: int) -> 
             if 0 < dy_slabs % width < 0.75 * width:
                 continue  # the last strip would be much narrower
             for split, whole_rows in itertools.product(_AT_ONCE, kinds):
-                if unit == 128 and split > 1:
-                    continue  # never faster, as measured
                 layout = SddmmLayout(
                     in_features, out_features, block_size, nnz, unit, width * slab, 1, split, whole_rows
                 )
-                for waves in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
+                shared_by_two = split == 2 and block_size == 128 and nnz <= _AT_ONCE[2]
+                if unit == 128 and split > 1 and not shared_by_two:
+                    continue  # not faster, as measured
+                shared_pairs = split > 1 and layout.paired
+                if shared_pairs and not whole_rows:
+                    continue
+                for waves in (1,) if shared_pairs else (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
                     yield dataclasses.replace(layout, target=waves * _at_once(layout))
 
 
 def _at_once(layout: SddmmLayout) -> int:
-    return 2 * _PAIRS_AT_ONCE[layout.split] if layout.paired else _AT_ONCE[layout.split]
+    return _PAIRED_AT_ONCE[layout.split] if layout.paired else _AT_ONCE[layout.split]
 
 
 def _expected_time(layout: SddmmLayout) -> float:
@@ -249,7 +259,8 @@ def _expected_time(layout: SddmmLayout) -> float:
         tiles = sum(math.ceil(part * units / room) for part in [1] * int(strips) + [strips % 1])
         if tiles > layout.target:
             return math.inf
-        units = min(layout.capacity, units * strips / layout.target + in_row * density)  # in the fullest
+        more = min(in_row * density, _UNEVEN[layout.unit])
+        units = min(layout.capacity, units * strips / layout.target + more)  # in the fullest
         x_slabs = 1.1 * rows * strips / layout.target
         dy_slabs *= 0.9  # not all of a strip's meet the tile's rows
     else:
@@ -264,6 +275,8 @@ def _expected_time(layout: SddmmLayout) -> float:
     if layout.paired and layout.split > 1:
         dy_slabs *= _FOR_TWO
     copy, multiply = _COPY[layout.unit] * (x_slabs + dy_slabs), _MULTIPLY[layout.unit] * units
+    if layout.unit < 64 and layout.split > 2 and layout.max_units > _LEAST_FOR_PAIRS[2]:
+        copy *= _APART
     if layout.unit == 64:
         copy += _CROWDED * max(0, x_slabs + dy_slabs - 9)
     busy = max(copy, multiply) + 0.02 * min(copy, multiply)  # what goes on behind the longer one is not quite free

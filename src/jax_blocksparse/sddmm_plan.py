@@ -173,7 +173,7 @@ def _even_tiles(
         for _ in range(most.bit_length()):  # each time twice as many tiles
             flags = flags | (put_at(xp, xp.where(flags, ends, flags.size), xp.ones_like(ends), flags.size) > 0)
             ends = ends[ends]
-        return flags.reshape(tries, pieces + 1)[:, :pieces]
+        return flags.reshape(tries, pieces + 1)[:, :pieces] & exists
 
     # The least size that the target allows, found to an eighth, then to a 64th.
     tries = xp.arange(8)
