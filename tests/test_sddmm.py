@@ -72,12 +72,12 @@ def test_pairs_of_tiles_equal_the_dense_product(block_size, shape, density, toke
     [
         (64, (2056, 2056), 0.3, 2, False),
         (32, (4104, 4104), 0.08, 3, False),
-        (16, (4104, 4104), 0.05, 4, False),
-        (16, (2056, 2056), 0.1, 5, False),
-        (32, (2056, 2056), 0.1, 5, False),
+        (32, (2056, 2056), 0.2, 4, False),
+        (16, (2056, 2056), 0.08, 5, False),
         (128, (2056, 2056), 0.2, 2, False),
         (32, (4104, 4104), 0.1, 2, True),
-        (16, (4104, 4104), 0.1, 2, True),
+        (16, (2056, 2056), 0.1, 4, True),
+        (16, (4104, 4104), 0.05, 4, True),
     ],
 )
 def test_tiles_shared_by_several_equal_the_dense_product(block_size, shape, density, split, paired, dtype):

@@ -389,12 +389,13 @@ constexpr int Log2(int value) { return value <= 1 ? 0 : 1 + Log2(value / 2); }
 // Whether clusters have two tiles. As in sddmm_layout.py, where plans give both tiles of a pair the same slabs of dy.
 inline bool IsPaired(const SddmmParams& params, int unit) {
   // With few units in a tile, what a pair would save is less than what waiting for each other costs.
-  constexpr int kLeastUnits = 132, kLeastIfShared = 1536, kTilesAtOnce = 60;
+  constexpr int kLeastUnits = 132, kLeastIfShared = 1536;
   const std::int64_t units = params.plan_units;
   if (params.split == 1) return units > kLeastUnits;
   const bool sparse = 8 * units <= CeilDiv(params.in_features, unit) * CeilDiv(params.out_features, unit);
-  const bool in_one_wave = units <= kTilesAtOnce * SddmmCapacity(unit);
-  return params.split == 2 && unit < 64 && sparse && in_one_wave && units > kLeastIfShared;
+  const int at_once = params.split == 2 ? 60 : params.split == 4 ? 30 : 0;  // tiles, on an H100
+  const bool in_one_wave = units <= at_once * SddmmCapacity(unit);
+  return unit < 64 && sparse && in_one_wave && units > kLeastIfShared;
 }
 
 // Chooses the walk for units of 64 and 128, whose strips are columns of units: by how many features of x and dy a wave

@@ -148,7 +148,7 @@ struct SmallTF32Consumers {
         load_dy(0);
 #pragma unroll
         for (int i = 0; i < kMostUnits; ++i) {
-          if (i >= count) break;
+          if (i % 2 == 0 && i >= count) break;  // units beyond the last are multiplied, but not kept
           if (i + 1 < kMostUnits) load_dy(i + 1);
 #pragma unroll
           for (int d = 0; d < kDepths; ++d) sums[i].Add(x[d], dy[i % 2][d]);

@@ -15,7 +15,7 @@ CAPACITY = {16: 160, 32: 48, 64: 12, 128: 3}
 """By unit: the number that a tile can have. As in sddmm.h."""
 MAX_SLABS = {16: 28, 32: 28, 64: 14, 128: 4}
 """By unit: the number of slabs that a tile can need. As in sddmm.h."""
-_SLAB_COST = {16: 2, 32: 2, 64: 1, 128: 1}
+_SLAB_COST = {16: 4, 32: 3, 64: 1, 128: 1}
 """By unit: how many units take as long to multiply as it takes to copy a slab, about."""
 
 
@@ -105,10 +105,10 @@ class SddmmLayout:
     def paired(self) -> bool:
         """Whether two tiles that follow each other share slabs of dy. As in sddmm_common.cuh."""
         if self.split == 1:
-            return self.max_units > _LEAST_FOR_PAIRS[1]
+            return self.max_units > _LEAST_FOR_PAIRS
         sparse = 8 * self.max_units <= math.prod(self.units)
-        in_one_wave = self.max_units <= _PAIRED_AT_ONCE[2] * self.capacity
-        return self.split == 2 and self.unit < 64 and sparse and in_one_wave and self.max_units > _LEAST_FOR_PAIRS[2]
+        in_one_wave = self.max_units <= _PAIRED_AT_ONCE.get(self.split, 0) * self.capacity
+        return self.unit < 64 and sparse and in_one_wave and self.max_units > _LEAST_IF_SHARED
 
     @property
     def slab_rows(self) -> int:
@@ -189,11 +189,11 @@ class SddmmPlan(NamedTuple):
     places: jax.Array
 
 
-_LEAST_FOR_PAIRS = {1: 132, 2: 1536}
-"""By the number of CTAs that share a tile: with fewer units, tiles have few, and pairs save too little."""
+_LEAST_FOR_PAIRS, _LEAST_IF_SHARED = 132, 1536
+"""With fewer units, tiles have few, and pairs save too little; the second if CTAs share tiles besides."""
 _AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22}
 """By the number of CTAs that share a tile: the tiles that an H100 works on at a time."""
-_PAIRED_AT_ONCE = {1: 132, 2: 60}
+_PAIRED_AT_ONCE = {1: 132, 2: 60, 4: 30}
 """The same if each cluster has two."""
 
 # Microseconds that a tile of 8192 tokens takes, measured on an H100, by unit.
@@ -275,7 +275,7 @@ def _expected_time(layout: SddmmLayout) -> float:
     if layout.paired and layout.split > 1:
         dy_slabs *= _FOR_TWO
     copy, multiply = _COPY[layout.unit] * (x_slabs + dy_slabs), _MULTIPLY[layout.unit] * units
-    if layout.unit < 64 and layout.split > 2 and layout.max_units > _LEAST_FOR_PAIRS[2]:
+    if layout.unit < 64 and layout.split > 2 and layout.max_units > _LEAST_IF_SHARED and not layout.paired:
         copy *= _APART
     if layout.unit == 64:
         copy += _CROWDED * max(0, x_slabs + dy_slabs - 9)
