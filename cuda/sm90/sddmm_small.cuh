@@ -1,11 +1,11 @@
 // The blocks of x^T dy on Hopper by mma.sync, for units of 16 and 32.
 //
 // As the kernel for large units (sddmm_large.cuh): tiles of units with their sums in registers for all tokens, slabs of
-// x and dy streaming through a ring of stages, clusters that share a tile. Units of 16 or 32 features lie anywhere in
-// the slabs, and ldmatrix fetches and transposes their operands. Each warp has a run of the tile's units in the order
-// of rows: units of one row use the same fragments of x, which are loaded once; those of dy are loaded one unit ahead.
-// What bounds it: reading fragments out of shared memory and mma.sync at high density, filling shared memory from L2
-// at low density.
+// x and dy streaming through a ring of stages, clusters that share a tile, copies of dy, or both. Units of 16 or 32
+// features lie anywhere in the slabs, and ldmatrix fetches and transposes their operands. Each warp has a run of the
+// tile's units in the order of rows: units of one row use the same fragments of x, which are loaded once; those of dy
+// are loaded one unit ahead. What bounds it: reading fragments out of shared memory and mma.sync at high density,
+// filling shared memory from L2 at low density.
 #pragma once
 
 #include "sddmm_common.cuh"
