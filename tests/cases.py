@@ -96,6 +96,21 @@ TINY = tuple(
     )
 )
 
+# So many tiles that GPUs take large ones, several for each SM, the last ones cut off and, where there are few blocks,
+# some empty. With few blocks of 64 and 128, two teams take turns.
+MANY_TILES = tuple(
+    _cut(
+        f"many_tiles_{b}_{density}",
+        (-(-776 // b), -(-1288 // b)),
+        b,
+        density=density,
+        ragged=(-776 % b, -1288 % b),
+        inert=1,
+        leading=(3300,),
+    )
+    for b, density in ((64, 0.05), (128, 0.1), (16, 0.3), (64, 0.5), (128, 0.5))
+)
+
 CASES = (
     *BLOCKS,
     *TILES,

@@ -36,7 +36,7 @@ PAIRED = ((128, (2056, 2056)), (32, (3080, 2056)))  # large enough for tiles of 
 # Tiles that five, three or, in pairs, four and two share.
 SHARED = ((32, (2056, 2056), 0.15), (64, (3080, 1032), 0.25), (16, (2056, 2056), 0.1), (32, (4104, 4104), 0.1))
 MANY_TOKENS = 4400  # with these shapes, more tiles of any size than an H100 has SMs
-WIDE, TALL = (136, 1032), (1032, 136)
+WIDE, TALL, SQUARE = (136, 1032), (1032, 136), (1032, 1032)
 
 
 def damaged(w):
@@ -88,12 +88,12 @@ def few_rows(block_size, tokens, *, packs=False, damage=False):
                 assert error < 6e-3, f"few rows {block_size} {tokens} {packs}: error {error:.1e}"
 
 
-def layer(dtype, block_size, activation, *, tokens=300, damage=False):
+def layer(dtype, block_size, activation, *, tokens=300, shape=SHAPE, density=0.4, damage=False):
     """Compares the gradients of a fused layer with those of plain JAX on the CPU, or only computes them."""
     make = damaged if damage else lambda w: w
-    w_in, w_out = (make(cases.random_w(shape, block_size, density=0.4, dtype=dtype)) for shape in (SHAPE, SHAPE[::-1]))
-    x, ct = (cases.normal((tokens, SHAPE[0]), dtype, seed=i) for i in (1, 2))
-    biases = [cases.normal(size, "float32", seed=3) for size in SHAPE[::-1]]
+    w_in, w_out = (make(cases.random_w(s, block_size, density=density, dtype=dtype)) for s in (shape, shape[::-1]))
+    x, ct = (cases.normal((tokens, shape[0]), dtype, seed=i) for i in (1, 2))
+    biases = [cases.normal(size, "float32", seed=3) for size in shape[::-1]]
 
     def fused(x, data_in, data_out, *biases):
         matrices = jbs.BlockSparseMatrix(data_in, w_in.pattern), jbs.BlockSparseMatrix(data_out, w_out.pattern)
@@ -128,10 +128,11 @@ def checks():
     ]
     for each in small:
         yield functools.partial(products, *each)
-    # Large tiles, several for each SM; at the lower density blocks of 128 have another kernel.
+    # Large tiles, several for each SM. With few blocks of 64 or 128, or few features, two teams take turns.
     large = [
         *itertools.product(("bfloat16", "float32"), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4,)),
-        *itertools.product(("bfloat16",), (128,), (WIDE, TALL), (0.1,)),
+        *itertools.product(("bfloat16", "float32"), (64, 128), (SQUARE,), (0.4, 0.1)),
+        ("bfloat16", 128, (2568, 2568), 0.12),
         *itertools.product(("float16",), jbs.BLOCK_SIZES, (TALL,), (0.4,)),
     ]
     for dtype, b, shape, density in large:
@@ -166,6 +167,9 @@ def checks():
         yield functools.partial(layer, "bfloat16", 32, "gelu_tanh", tokens=tokens)
     for b in (32, 128):
         yield functools.partial(layer, "bfloat16", b, "relu", damage=True)
+    for b, density, damage in itertools.product((64, 128), (0.4, 0.1), (False, True)):
+        many = {"tokens": MANY_TOKENS, "shape": SQUARE, "density": density, "damage": damage}
+        yield functools.partial(layer, "bfloat16", b, "gelu_tanh", **many)
 
 
 def main(part=0, parts=1):

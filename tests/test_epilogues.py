@@ -42,6 +42,19 @@ def test_equals_numpy(activation, dtype, case, device):
     cases.assert_exact(got, wanted, activations.value(activation, dense))
 
 
+@pytest.mark.parametrize("case", cases.MANY_TILES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+def test_many_tiles(activation, case, device):
+    """The result, and the slope by way of the gradient."""
+    x, w, bias = case.x("bfloat16"), case.w("bfloat16"), bias_of(case, "bfloat16")
+    got, pull_back = jax.vjp(functools.partial(jbs.matmul, w=w, bias=bias, activation=activation), jnp.asarray(x))
+    before = cases.wide(x) @ cases.dense(w) + cases.wide(bias)
+    assert cases.relative_error(got, BY_NUMPY[activation](before)) < 6e-3
+    slope = jax.vmap(jax.grad(functools.partial(activations.value, activation)))(jnp.asarray(before.ravel(), "float32"))
+    wanted = (cases.wide(got) * cases.wide(slope).reshape(before.shape)) @ cases.dense(w).T
+    assert cases.relative_error(pull_back(got)[0], wanted) < 2e-2
+
+
 @pytest.mark.parametrize("implementation", ["native", "xla"])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_transposed_without_bias_in_float32(implementation, activation, device):
@@ -121,7 +134,7 @@ class TestSecondDerivativesOfScaledProducts:
             check_grads(product, (x, bias, scale, data), order=2, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", [CASE, *cases.TILES], ids=str)
+@pytest.mark.parametrize("case", [CASE, *cases.TILES, *cases.MANY_TILES[:2]], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_scaled_result(dtype, case, device):
     x, w = case.x(dtype).reshape(1, -1, case.shape[0]), case.w(dtype)

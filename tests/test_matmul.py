@@ -44,10 +44,26 @@ def test_equals_the_dense_product(implementation, dtype, case, transposed, devic
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", cases.BLOCKS + cases.TILES, ids=str)
+@pytest.mark.parametrize("case", cases.BLOCKS + cases.TILES + cases.MANY_TILES[:2], ids=str)
 def test_16_bit_inputs_can_give_float32(dtype, case, transposed, device):
     x, w = (case.dy(dtype), case.w(dtype).T) if transposed else (case.x(dtype), case.w(dtype))
     check(x, w, preferred_element_type="float32", implementation="native")
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [
+        *(("bfloat16", case) for case in cases.MANY_TILES),
+        *((dtype, case) for case in cases.MANY_TILES[:2] for dtype in ("float16", "float32")),
+    ],
+    ids=str,
+)
+def test_many_tiles(dtype, case, transposed, device):
+    x, w = (case.dy(dtype), case.w(dtype).T) if transposed else (case.x(dtype), case.w(dtype))
+    check(x, w, implementation="native", precision=None, tf32=cases.uses_tf32(dtype, None, device))
+    first, again = (np.asarray(jbs.matmul(x, w, implementation="native")).tobytes() for _ in range(2))
+    assert first == again
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["w", "wT"])
@@ -181,7 +197,7 @@ def test_is_the_same_to_the_bit_every_time(implementation, dtype, block_size, tr
     ("dtype", "case"),
     [
         *(("float32", case) for case in cases.CASES if 0 not in case.leading),
-        *(("bfloat16", case) for case in cases.BLOCKS + cases.TILES),
+        *(("bfloat16", case) for case in cases.BLOCKS + cases.TILES + cases.MANY_TILES),
     ],
     ids=str,
 )

@@ -28,11 +28,22 @@ cudaError_t LaunchSmallTile(const MatmulParams& params, cudaStream_t stream) {
   }
 }
 
+// Two teams on tiles of 128 tokens copy a third more than one on 256, but overlap writing y with products, and fall
+// apart half as far where columns are uneven: they are better where there are few products for each element of x and y,
+// and not so few where writing takes long. The scale would keep a team from handing over to the other.
+inline bool WantsTeams(const MatmulParams& params) {
+  const double products = static_cast<double>(params.nnz) * params.block * params.block;
+  const Epilogue& epilogue = params.epilogue;
+  const int most = epilogue.activation != Activation::kNone ? 400 : epilogue.bias != nullptr ? 190 : 144;
+  return epilogue.scale == nullptr && products < most * (double{params.in_features} + params.out_features);
+}
+
 // Clusters save copies of W, which pays where products bound and there is much of it; they cost some waiting for each
 // other and are placed so that fewer copies of x by neighbours coincide.
 template <typename T, int kBlock, bool kTranspose>
 cudaError_t LaunchLargeTile(const MatmulParams& params, cudaStream_t stream) {
   if (AreFew(params, 256)) return LaunchLarge<T, kBlock, kTranspose, 64, 1>(params, stream);
+  if (WantsTeams(params)) return LaunchLarge<T, kBlock, kTranspose, 128, 1>(params, stream);
   if constexpr (kBlock == 128) {
     const double density = static_cast<double>(params.nnz) * kBlock * kBlock /
                            (static_cast<double>(params.in_features) * params.out_features);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 
 #include "../launch.cuh"
 #include "element.cuh"
@@ -46,8 +45,7 @@ struct KernelParams {
   std::int64_t plan_batch_stride;
   unsigned batch, token_tiles, feature_tiles;
   unsigned band;      // feature tiles
-  unsigned stratum;   // feature tiles; 0 if rounds and rows do not fit, see TileList
-  unsigned rotation;  // feature tiles
+  unsigned rotation;  // feature tiles; 0 if rounds and rows do not fit, see TileList
   int tokens, in_features, out_features;
   int nnz;
   int max_steps;
@@ -80,12 +78,12 @@ __device__ __forceinline__ const int4* StepOf(const KernelParams& p, const Tile&
 // that, a band of feature tiles at a time.
 //
 // The tiles of the same tokens are a row; in the plan they go from most work to least. Where rounds can be made of
-// whole rows, or rows of whole rounds, without adding a round, they are: then CTAs that share tokens are neighbours on
-// the chip, and L2 serves many of their copies at once. From row to row, or round to round, tiles are rotated. Thought
-// of as cut into strata of similar work, a CTA gets tiles of different strata, so that all have done the same in the
-// end, and heavy tiles, which read, alternate with light ones, which write. Every other stratum is taken backwards:
-// whoever has the most of its stratum has the least of the next. Where rounds and rows do not fit, every other round
-// goes through the CTAs backwards, to a similar end.
+// whole rows, or rows of whole rounds, at hardly a round more, they are: then CTAs that share tokens are neighbours on
+// the chip, and L2 serves many of their copies at once. Every other round, or row if that is longer, takes the tiles
+// backwards: who had much work has little next. So CTAs stay together, and find in L2 what others have read, and heavy
+// tiles, which read, alternate with light ones, which write. From one such pair to the next, tiles are rotated, so that
+// all CTAs have done the same in the end. Where rounds and rows do not fit, every other round goes through the CTAs
+// backwards, to a similar end.
 template <int kTokens>
 class TileList {
  public:
@@ -94,7 +92,7 @@ class TileList {
 
   __device__ Tile Load(int round) const {
     const unsigned per_batch = p_.token_tiles * p_.feature_tiles;
-    const bool backwards = p_.stratum == 0 && round % 2 != 0;
+    const bool backwards = p_.rotation == 0 && round % 2 != 0;
     const unsigned index = round * workers_ + (backwards ? workers_ - 1 - worker_ : worker_);
     Tile tile{{0, 0}, 0, 0, 0, 0, -1};
     if (index >= per_batch * p_.batch) return tile;
@@ -105,7 +103,7 @@ class TileList {
     rest -= first * p_.token_tiles;
     tile.token = rest / width * kTokens;
     const int4* entries = reinterpret_cast<const int4*>(p_.tiles + tile.batch * p_.plan_batch_stride);
-    const int4 entry = __ldg(entries + first + (p_.stratum == 0 ? rest % width : Rotated(rest % width, index)));
+    const int4 entry = __ldg(entries + first + (p_.rotation == 0 ? rest % width : Rotated(rest % width, index)));
     tile.groups[0] = static_cast<std::uint32_t>(entry.x);
     tile.groups[1] = static_cast<std::uint32_t>(entry.w);
     tile.feature = tile.FeatureOf(group_);
@@ -117,10 +115,8 @@ class TileList {
  private:
   __device__ unsigned Rotated(unsigned place, unsigned index) const {
     const unsigned turn = index / max(workers_, p_.band);
-    place = (place + turn % p_.band * p_.rotation) % p_.band;
-    const unsigned first = place / p_.stratum * p_.stratum;
-    const bool backwards = place / p_.stratum % 2 != 0 && first + p_.stratum <= p_.band;
-    return backwards ? first + p_.stratum - 1 - (place - first) : place;
+    place = (place + turn / 2 % p_.band * p_.rotation) % p_.band;
+    return turn % 2 == 0 ? place : p_.band - 1 - place;
   }
 
   const KernelParams& p_;
@@ -254,31 +250,34 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
 inline std::int64_t DivideTiles(KernelParams* p, std::int64_t workers) {
   const std::int64_t tiles = std::int64_t{p->batch} * p->token_tiles * p->feature_tiles;
   workers = std::min(workers, tiles);
-  p->stratum = p->rotation = 0;
+  p->rotation = 0;
   const std::int64_t rounds = CeilDiv(tiles, workers);
   std::int64_t aligned = workers;
   while (aligned % p->band != 0 && p->band % aligned != 0) --aligned;
-  if (p->feature_tiles % p->band != 0 || tiles > rounds * aligned) return workers;
-  p->stratum = static_cast<unsigned>(std::max<std::int64_t>(1, p->band / rounds));
-  const unsigned strata = p->band / p->stratum;
-  unsigned step = std::max(1u, strata * 2 / 5);
-  while (std::gcd(step, strata) != 1) --step;
-  p->rotation = step * p->stratum;
+  if (p->feature_tiles % p->band != 0 || CeilDiv(tiles, aligned) > rounds + rounds / 32) return workers;
+  const std::int64_t pairs = std::max<std::int64_t>(1, tiles / std::max<std::int64_t>(aligned, p->band) / 2);
+  p->rotation = static_cast<unsigned>(std::max<std::int64_t>(1, p->band / pairs));
   return aligned;
 }
 
-// One CTA for each SM, or not many less, in clusters of kCluster. The launch must not overlap with the one before, as
-// one that depends on packing could: CTAs would be placed as SMs become free, away from those whose copies of x
-// coincide with their own.
-template <auto kKernel, int kCluster>
+// One CTA for each SM, or not many less, in clusters of kCluster. A kernel that follows packing, and waits for it
+// itself, begins when the last CTA of that has left, which spares it a microsecond or two. It must not begin earlier:
+// CTAs would be placed as SMs become free, away from those whose copies of x coincide with their own.
+template <auto kKernel, int kCluster, bool kFollowsPacking>
 cudaError_t LaunchPersistent(KernelParams params, int sms, int threads, int shared_bytes, cudaStream_t stream) {
   if (const cudaError_t error = AllowSharedMemory<kKernel>(kMaxSharedBytes); error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kCluster, 1, 1};
+  static_assert(kCluster == 1 || !kFollowsPacking, "there is one attribute");
+  cudaLaunchAttribute attribute = {};
+  if constexpr (kFollowsPacking) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {kCluster, 1, 1};
+  }
   cudaLaunchConfig_t config = {};
-  config.attrs = &cluster;
-  config.numAttrs = kCluster > 1;  // a cluster of one would be placed like a cluster, too
+  config.attrs = &attribute;
+  config.numAttrs = kFollowsPacking || kCluster > 1;  // a cluster of one would be placed like a cluster, too
   config.gridDim = static_cast<unsigned>(DivideTiles(&params, sms / kCluster) * kCluster);
   config.blockDim = static_cast<unsigned>(threads);
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);

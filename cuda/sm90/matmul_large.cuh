@@ -7,8 +7,10 @@
 // multiplied as it is stored, or transposed, by the choice of its descriptor: there is no packing, and one image in
 // shared memory serves both directions. A cluster of two, where one pays, takes neighbouring token tiles, which need
 // the same pieces of W: each fetches half of them for both. Few tokens or features make tiles of 64 tokens. CTAs are
-// persistent, so that copies of the next tile run while y is written. Of float, which takes twice the room, a stage has
-// half a chunk; there the instruction reads along the depth only, so W comes transposed by packing where it must be.
+// persistent, so that copies of the next tile run while y is written. Where memory bounds, tiles have 128 tokens, and
+// two teams of two warpgroups take turns with them: one writes while the other one multiplies. Of float, which takes
+// twice the room, a stage has half a chunk; there the instruction reads along the depth only, so W comes transposed by
+// packing where it must be.
 // What bounds it: the tensor cores for blocks of 128 at high density; filling shared memory from L2 for blocks of 64,
 // where a chunk of x serves 1 to 2 pieces; reading x and writing y at low density.
 #pragma once
@@ -22,18 +24,21 @@ template <typename T, int kBlock, int kTileTokens>
 struct LargeTile {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kFeatures = 128;
-  static constexpr int kWarpgroups = kFeatures / kGroup;
-  static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
+  static constexpr int kWarpgroups = kFeatures / kGroup;         // of a team
+  static constexpr int kTeams = kTokens == 128 ? 2 : 1;          // that many sums leave registers for two
+  static constexpr int kConsumers = kTeams * kWarpgroups * 128;  // threads
+  static constexpr int kThreads = kConsumers + kProducerThreads;
   static constexpr int kXBytes = kTokens * kRowBytes;
   static constexpr int kPieceOfW = kGroup * kRowBytes;
   static constexpr int kStageBytes = kXBytes + kWarpgroups * kPieceOfW;
-  static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups, true>::kSharedBytes;
+  static constexpr int kOutputBytes = kTeams * OutputWriter<T, kTokens, kWarpgroups, true>::kSharedBytes;
   static constexpr int kStages = StagesThatFit(kStageBytes, kOutputBytes);
   static constexpr int kSharedBytes = kAlignment + kStages * kStageBytes + kOutputBytes;
+  static constexpr int kTurnBarrier = 1 + kTeams * kWarpgroups;  // the first of the teams', behind the warpgroups'
   static_assert(kBlock == 64 || kBlock == 128,
                 "a chunk is a block's depth or half of it, a group its width or half of it");
   static_assert(kWarpgroups == 2, "a step names two pieces of W");
-  static_assert(kTokens == 64 || kTokens == 256, "there are products for these widths");
+  static_assert(kTokens == 64 || kTokens == 128 || kTokens == 256, "there are products for these widths");
   static_assert(kPieceOfW % kAlignment == 0 && kXBytes % kAlignment == 0);
   static_assert(kGroup == kChunk, "a piece of W has 64 rows either way");
   static_assert(kStages >= 3, "one multiplied, one released late, one filled");
@@ -71,11 +76,12 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
   __syncthreads();
   if constexpr (kCluster > 1) SyncCluster();
 
-  const TileList<L::kTokens * kCluster> tiles(p, blockIdx.x / kCluster, gridDim.x / kCluster, warp / 4);
+  const TileList<L::kTokens * kCluster> tiles(p, blockIdx.x / kCluster, gridDim.x / kCluster,
+                                              warp / 4 % L::kWarpgroups);
   Ring ring(barriers, L::kStages);
 
-  if (warp >= L::kWarpgroups * 4) {
-    ShrinkRegisters<ProducerRegisters(L::kWarpgroups)>();
+  if (warp >= L::kConsumers / 32) {
+    ShrinkRegisters<ProducerRegisters(L::kTeams * L::kWarpgroups)>();
     const auto copy = [&](const Tile& tile, const int4& step, int part, const Ring& ring) {
       const int first = step.x * kChunk + part * kRowElements<T>, ids[] = {step.y, step.z};
       const std::uint32_t to = stages + ring.stage() * L::kStageBytes;
@@ -101,13 +107,13 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
       LoadTensor(stages + ring.stage() * L::kStageBytes, &p.scale, tile.FeatureOf(group),
                  tile.token + rank * L::kTokens, p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
     };
-    if (const int producer = warp - L::kWarpgroups * 4; producer < kProducers) {
+    if (const int producer = warp - L::kConsumers / 32; producer < kProducers) {
       Produce<kParts<T>, kFuses>(p, tiles, ring, lane, producer, L::kWarpgroups, copy, copy_scale);
     }
     __syncwarp();
   } else {
-    GrowRegisters<ConsumerRegisters(L::kWarpgroups)>();
-    const int group = warp / 4;
+    GrowRegisters<ConsumerRegisters(L::kTeams * L::kWarpgroups)>();
+    const int group = warp / 4 % L::kWarpgroups, team = warp / 4 / L::kWarpgroups;
     const auto load = [&](const Tile& tile, int first) {
       const int i = first + lane;
       if (i >= tile.steps) return int2{0, -1};
@@ -121,11 +127,15 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
         if (lane == 0) Arrive(barrier);
       }
     };
-    OutputWriter<T, L::kTokens, L::kWarpgroups, kFuses> writer(p, output, group);
-    Tile tile = tiles.Load(0);
+    OutputWriter<T, L::kTokens, L::kWarpgroups, kFuses> writer(p, output, warp / 4);
+    Tile tile = tiles.Load(team);
+    if (team > 0) ring.Skip(max(0, tiles.Load(0).steps) * kParts<T>);
     int2 next = load(tile, 0);
-    for (int round = 1; tile.steps >= 0; ++round) {
-      const Tile following = tiles.Load(round);
+    for (int round = team; tile.steps >= 0; round += L::kTeams) {
+      const Tile following = tiles.Load(round + L::kTeams);
+      const int others_steps = L::kTeams > 1 ? tiles.Load(round + 1).steps : -1;
+      // When the other team has seen its stages full, this one's are next: no phase of a barrier can be mistaken.
+      if (L::kTeams > 1 && round > 0) WaitForTurn<L::kConsumers>(L::kTurnBarrier + team);
       float sum[L::kTokens / 2];
 #pragma unroll
       for (float& s : sum) s = 0.f;
@@ -157,7 +167,7 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
             if (depth < kRowElements<T>) {
               ClearBeyond<T, kTranspose>(piece, depth);
               FenceForCopies();
-              SyncWarpgroup(group + 1);
+              SyncWarpgroup(warp / 4 + 1);
             }
             const std::uint64_t x = OperandDescriptor(stage), w = OperandDescriptor(piece);
             FenceProducts();
@@ -176,6 +186,10 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
           ring.Advance();
         }
       }
+      if (others_steps >= 0) {
+        PassTurn<L::kConsumers>(L::kTurnBarrier + 1 - team);
+        ring.Skip(others_steps * kParts<T>);
+      }
       const float2 biases = writer.LoadBiases(tile);
       WaitForProducts<0>();
       KeepRegisters(sum);
@@ -193,6 +207,8 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
 template <typename T, int kBlock, bool kTranspose, int kTileTokens, int kCluster>
 cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
   using L = LargeTile<T, kBlock, kTileTokens>;
+  // The scale's stages would have to be full before a team hands over to the other.
+  if (L::kTeams > 1 && params.epilogue.scale != nullptr) return cudaErrorInvalidValue;
   KernelParams p;
   cudaError_t error = FillParams<T>(params, L::kTokens, &p);
   if (error != cudaSuccess) return error;
@@ -205,7 +221,7 @@ cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   return WithFusing<T>(p.epilogue, [&](auto fuses) {
     constexpr auto kKernel = MatmulLargeKernel<T, kBlock, kTranspose, kTileTokens, kCluster, decltype(fuses)::value>;
-    return LaunchPersistent<kKernel, kCluster>(p, params.sms, L::kThreads, L::kSharedBytes, stream);
+    return LaunchPersistent<kKernel, kCluster, false>(p, params.sms, L::kThreads, L::kSharedBytes, stream);
   });
 }
 

@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
                  p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
     };
     if (const int producer = warp - S::kWarpgroups * 4; producer < kProducers) {
+      WaitForPrerequisites();  // they pack W
       Produce<1, kFuses>(p, tiles, ring, lane, producer, S::kWarpgroups, copy, copy_scale);
     }
     __syncwarp();
@@ -337,7 +338,7 @@ cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
   const int shared_bytes = kAlignment + p.stages * stage_bytes + S::kOutputBytes + S::kWordBytes;
   return WithFusing<T>(p.epilogue, [&](auto fuses) {
     constexpr auto kKernel = MatmulSmallKernel<T, kBlock, kTileTokens, kTileFeatures, decltype(fuses)::value>;
-    return LaunchPersistent<kKernel, 1>(p, params.sms, S::kThreads, shared_bytes, stream);
+    return LaunchPersistent<kKernel, 1, true>(p, params.sms, S::kThreads, shared_bytes, stream);
   });
 }
 

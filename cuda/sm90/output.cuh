@@ -16,18 +16,21 @@
 
 namespace jax_blocksparse::sm90 {
 
-// Without kFuses there must be no epilogue; then none of its code takes registers from the products.
+// A team of kWarpgroups writes a tile. Without kFuses there must be no epilogue; then none of its code takes registers
+// from the products.
 template <typename T, int kTokens, int kWarpgroups, bool kFuses>
 class OutputWriter {
  public:
   // For pieces in shared memory, for each warpgroup. Where there are four of them, one works while another one waits.
-  static constexpr int kRooms = kWarpgroups > 2 || kTokens == 64 ? 2 : 4;
+  static constexpr int kRooms = kTokens < 256 ? 2 : 4;
+  static constexpr bool kIsTight = kTokens == 128;  // four warpgroups leave few registers
   static constexpr int kSharedBytes = kWarpgroups * kRooms * kPieceBytes;
   static_assert(kTokens % kPieceTokens == 0 && kTokens % kSumTokens == 0);
   static_assert(kSumTokens % kPieceTokens == 0, "a piece completes column sums");
   static_assert(kPieceTokens * kGroup * 2 == kPieceBytes && kRooms >= 2, "two rooms are enough for a piece of floats");
   static_assert(kTokens / kPieceTokens % kRooms == 0, "the next tile begins with the first room again");
 
+  // `warpgroup` counts through those of all teams; each has a named barrier, from 1 on.
   __device__ OutputWriter(const KernelParams& p, std::uint32_t shared, int warpgroup)
       : p_(p), rooms_(shared + warpgroup * kRooms * kPieceBytes), warpgroup_(warpgroup) {}
 
@@ -67,7 +70,7 @@ class OutputWriter {
 #pragma unroll 1
     for (int i = 0; i < kWarpgroups; ++i) {
       if (is_scaled) ring.WaitFull();
-      if (i == warpgroup_) {
+      if (i == warpgroup_ % kWarpgroups) {
         const std::uint32_t scale = stages + ring.stage() * stage_bytes;
         WithActivation(p_.epilogue.activation, [&](auto activation) {
           FinishAndWrite<decltype(activation)::value>(sum, biases, tile, token, scale);
@@ -108,9 +111,9 @@ class OutputWriter {
   template <Activation kActivation>
   __device__ void FinishAndWrite(const float (&sum)[kTokens / 2], float2 biases, const Tile& tile, int token,
                                  std::uint32_t scale) {
-    constexpr int kPart = kWarpgroups > 2 ? kPieceTokens / 2 : kPieceTokens;  // tokens; more want more registers
+    constexpr int kPart = kIsTight ? kPieceTokens / 2 : kPieceTokens;  // tokens; more want more registers
     constexpr bool kIsCheap = kActivation == Activation::kNone || kActivation == Activation::kRelu;
-    constexpr int kTurnTokens = kIsCheap && kWarpgroups <= 2 ? kTokens : kSumTokens;
+    constexpr int kTurnTokens = kIsCheap && !kIsTight ? kTokens : kSumTokens;
     const Epilogue& epilogue = p_.epilogue;
     const bool has_slope = epilogue.slope != nullptr;
     float2 column_sums = {0.f, 0.f};

@@ -67,6 +67,17 @@ __device__ __forceinline__ void SyncWarpgroup(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
 
+// Of two teams of kThreads in all, the one that waits goes on when the other one has passed it the turn. Each team has
+// a barrier of its own to wait at.
+template <int kThreads>
+__device__ __forceinline__ void WaitForTurn(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void PassTurn(int barrier_of_other) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier_of_other), "n"(kThreads) : "memory");
+}
+
 __device__ __forceinline__ std::uint32_t ClusterRank() {
   std::uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -310,10 +321,12 @@ __device__ __forceinline__ void MultiplyRegisters(float (&sum)[kSums], const std
 template <typename T, bool kMNMajorA, int kSums>
 __device__ __forceinline__ void MultiplyShared(float (&sum)[kSums], std::uint64_t a_descriptor,
                                                std::uint64_t b_descriptor) {
-  static_assert(kSums == 32 || kSums == 128, "64 or 256 columns");
+  static_assert(kSums == 32 || kSums == 64 || kSums == 128, "64, 128 or 256 columns");
   static_assert(!(kMNMajorA && std::is_same_v<T, float>), "floats are read along the depth");
   if constexpr (kSums == 32) {
     JBS_MULTIPLY_SHARED_OF(64, 32, "%32", "%33");
+  } else if constexpr (kSums == 64) {
+    JBS_MULTIPLY_SHARED_OF(128, 64, "%64", "%65");
   } else {
     JBS_MULTIPLY_SHARED_OF(256, 128, "%128", "%129");
   }

@@ -37,6 +37,12 @@ class StageRing {
       phase_ ^= 1;
     }
   }
+  // Passes by stages that others wait for.
+  __device__ void Skip(int count) {
+    stage_ += count;
+    phase_ ^= static_cast<std::uint32_t>(stage_ / stages_) & 1;
+    stage_ %= stages_;
+  }
 
  private:
   std::uint32_t barriers_;
