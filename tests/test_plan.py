@@ -143,6 +143,25 @@ def test_groups_that_meet_the_same_chunks_share_a_tile():
     assert tiles.tolist() == [[2, 4, 3, 2], [1, 5, 1, 2], [0, 3, 0, 1]]
 
 
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_tiles_along_a_band_meet_the_same_chunks_together(block):
+    side = 2048 // block
+    rows, cols = np.nonzero(abs(np.subtract.outer(np.arange(side), np.arange(side))) * block < 192)
+    layout = choose_layout(2048, 2048, block, rows.size)
+    plan = make_plan(rows.astype(np.int32), cols.astype(np.int32), layout, np)
+    for *_, first, steps in read_tiles(plan, layout):
+        met = list(dict.fromkeys(plan.steps[first : first + steps, 0]))  # a chunk may take several steps
+        assert [chunk % len(met) for chunk in met] == list(range(len(met)))
+
+
+def test_chunks_far_apart_are_met_in_order():
+    rows, cols, layout = make_case(64, (2048, 1024), 128, 0.1)
+    plan = make_plan(rows, cols, layout, np)
+    for *_, first, steps in read_tiles(plan, layout):
+        chunks = plan.steps[first : first + steps, 0]
+        assert 2 * steps > np.ptp(chunks) + 1 or (np.diff(chunks) > 0).all()
+
+
 def test_too_many_groups_stay_in_order():
     rows, cols = np.zeros(3, np.int32), np.array([0, 1500, 2000], np.int32)
     layout = PlanLayout(64, 64 * 2048, 64, 3, 128, 1)

@@ -63,17 +63,33 @@ def pair_up(met: jax.Array, xp: ModuleType) -> jax.Array:
 
 
 class Arrangement(NamedTuple):
-    """Which groups make which tile.
+    """Which groups make which tile, and in which order a tile meets its chunks.
+
+    The order is that of the chunks; but where most of those between the first and the last are met, as in a band, it is
+    that of their numbers modulo their extent. So tiles along a band, whose ranges overlap, read the same at the same
+    time, and not each something new at first.
 
     Attributes:
       groups: (tiles, groups of a tile) the groups of each tile.
       tile: (groups,) the tile of each group.
       place: (groups,) the place of each group in its tile.
+      first: (tiles,) the first chunk of each tile.
+      modulus: (tiles,) by which its chunks are ordered.
     """
 
     groups: jax.Array
     tile: jax.Array
     place: jax.Array
+    first: jax.Array
+    modulus: jax.Array
+
+    def turn_of(self, tile: jax.Array, chunk: jax.Array) -> jax.Array:
+        """The number by which a chunk is ordered in a tile."""
+        return chunk % self.modulus[tile]
+
+    def chunk_at(self, tile: jax.Array, turn: jax.Array) -> jax.Array:
+        """The chunk that has this number."""
+        return self.first[tile] + (turn - self.first[tile]) % self.modulus[tile]
 
     def words(self, xp: ModuleType) -> jax.Array:
         """(tiles, 2) the groups of each tile, two to a word, 16 bits each; the second word is 0 if there are two."""
@@ -91,7 +107,7 @@ def arrange(
     *,
     stays: bool = False,
 ) -> Arrangement:
-    """Arranges groups so that those of a tile share much.
+    """Arranges groups so that those of a tile share much, and the chunks of each tile.
 
     Args:
       xp: `numpy` or `jax.numpy`.
@@ -104,12 +120,16 @@ def arrange(
     tiles, per_tile, chunks = extents
     count = tiles * per_tile
     groups = xp.arange(count)[:, None]  # what is together so far, a row each
+    cell = xp.where(live, group * chunks + chunk, count * chunks)
+    met = count_at(xp, cell.ravel(), count * chunks).reshape(count, chunks) > 0
     if not stays and count <= MOST_GROUPS:
-        cell = xp.where(live, group * chunks + chunk, count * chunks)
-        met = count_at(xp, cell.ravel(), count * chunks).reshape(count, chunks) > 0
         while groups.shape[1] < per_tile:
             order = pair_up(met, xp)
             groups = groups[order].reshape(-1, groups.shape[1] * 2)
             met = met[order].reshape(groups.shape[0], 2, -1).any(1)
     place = xp.argsort(groups.ravel()).astype(np.int32)
-    return Arrangement(groups.reshape(tiles, per_tile), place // per_tile, place % per_tile)
+    met = met.reshape(tiles, -1, chunks).any(1)
+    first = met.argmax(1).astype(np.int32)
+    extent = chunks - met[:, ::-1].argmax(1).astype(np.int32) - first
+    modulus = xp.where(2 * met.sum(1) > extent, extent, chunks)
+    return Arrangement(groups.reshape(tiles, per_tile), place // per_tile, place % per_tile, first, modulus)

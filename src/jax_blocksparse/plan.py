@@ -210,7 +210,8 @@ def _make_packed(
     cells = layout.tiles * layout.chunks
     group, chunk = xp.where(live, cols * b // GROUP, 0), rows * b // CHUNK
     arranged = arrange(xp, group, chunk, live, (layout.tiles, layout.groups, layout.chunks))
-    cell = xp.where(live, arranged.tile[group] * layout.chunks + chunk, cells)
+    tile = arranged.tile[group]
+    cell = xp.where(live, tile * layout.chunks + arranged.turn_of(tile, chunk), cells)
     slice_ = arranged.place[group] * (GROUP // layout.slice_features) + cols * b % GROUP // layout.slice_features
     bit = rows % (CHUNK // b) * in_slice + cols % in_slice
 
@@ -225,8 +226,9 @@ def _make_packed(
 
     opened = xp.where(opens_step, step, size)
     blocks = count_at(xp, step, size)
-    steps = [sum_at(xp, opened, value, size) for value in (cell % layout.chunks, position)]
-    steps = xp.stack([*steps, blocks, xp.zeros_like(blocks)], -1)
+    cell, position = (sum_at(xp, opened, value, size) for value in (cell, position))
+    tile = cell // layout.chunks
+    steps = xp.stack([arranged.chunk_at(tile, cell % layout.chunks), position, blocks, xp.zeros_like(blocks)], -1)
 
     word = xp.where(step < size, step * slices + slice_, size * slices)
     present = sum_at(xp, word, 1 << bit, size * slices).reshape(size, slices)
@@ -234,7 +236,6 @@ def _make_packed(
 
     # The bytes to copy, with x as a tile of 2^15 sums has it.
     work = xp.where(blocks > 0, 2**15 // tile_features * CHUNK, 0) + blocks * b**2
-    tile = sum_at(xp, opened, cell // layout.chunks, size)
     tiles = _sort_tiles(xp, xp.where(blocks > 0, tile, layout.tiles), work, arranged, layout)
     return tiles, steps, _masks(xp, present, counts, layout).T, order
 
@@ -271,16 +272,19 @@ def _make_by_id(
     group = xp.where(live, group, 0)
     arranged = arrange(xp, group, chunk, live, (layout.tiles, per_tile, layout.chunks), stays=pieces > 1)
     tile, place = arranged.tile[group], arranged.place[group]
-    place = xp.where(live, (tile * layout.chunks + chunk) * per_tile + place, cells * per_tile)
+    cell = tile * layout.chunks + arranged.turn_of(tile, chunk)
+    place = xp.where(live, cell * per_tile + place, cells * per_tile)
     ids = xp.broadcast_to(xp.arange(layout.nnz)[:, None, None] + 1, place.shape)
     ids = sum_at(xp, place.ravel(), ids.ravel(), cells * per_tile).reshape(cells, per_tile) - 1
 
     present = (ids >= 0).sum(-1)
     cell = xp.argsort(present == 0, stable=True)[:size]  # those with blocks first
     ids, present = ids[cell], present[cell]
-    steps = xp.stack([cell % layout.chunks, ids[:, 0], ids[:, 1], xp.zeros_like(cell)], -1)
+    tile = cell // layout.chunks
+    chunk = arranged.chunk_at(tile, cell % layout.chunks)
+    steps = xp.stack([chunk, ids[:, 0], ids[:, 1], xp.zeros_like(cell)], -1)
     work = xp.where(present > 0, 4 + present, 0)  # a piece of x is four times as large as one of W
-    tiles = _sort_tiles(xp, xp.where(present > 0, cell // layout.chunks, layout.tiles), work, arranged, layout)
+    tiles = _sort_tiles(xp, xp.where(present > 0, tile, layout.tiles), work, arranged, layout)
     return tiles, steps, xp.zeros(0, np.int32), xp.zeros(0, np.int32)
 
 
