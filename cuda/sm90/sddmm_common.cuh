@@ -82,8 +82,8 @@ struct SddmmShape {
   static_assert(kCapacity * kUnit * kUnit * int{sizeof(float)} <= kRingBytes, "the sums take the place of the stages");
 };
 
-// What one half of the product warps has of a tile of units of 64: units that follow each other, whose slabs of x do
-// too, and their slab of dy, the tile's first or second.
+// What half of the product warps multiply: slabs of x that follow each other, and which of the slabs of dy. Where units
+// are that large, panels of them.
 struct SddmmHalf {
   int first, count, dy;
 };
@@ -145,7 +145,7 @@ struct SddmmTile {
     return {static_cast<int>(min(word & 0xffff, most)), static_cast<int>(min(word >> 16, most) + shift)};
   }
 
-  // Called by whole warps. A tile with units of two columns is divided between these.
+  // For units of 64, called by whole warps. A tile with units of two columns is divided between these.
   __device__ SddmmHalf Half(const SddmmKernelParams& p, int half) const {
     int of_first = (x_slabs + 1) / 2;
     const bool two_columns = dy_slabs > 1;

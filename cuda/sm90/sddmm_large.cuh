@@ -28,7 +28,7 @@ struct LargeConsumers {
   static_assert(kMostPanels * kSums <= 192, "the registers that are left for the rest");
   static_assert(kMostPanels <= 2 * kMostAtOnce);
 
-  // Units of 128: each warpgroup has a panel of dy, and all of x. Of 64: see SddmmHalf.
+  // Units of 128: each warpgroup has a panel of dy, and all of x.
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
     SddmmHalf part = {0, tile.x_slabs * Shape::kPanelsPerSlab, warp / 4};

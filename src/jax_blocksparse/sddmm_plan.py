@@ -95,13 +95,13 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     dy_ranks = x_slabs[:, None] + xp.cumsum(exists, 1) - exists
     dy_rank = dy_ranks[xp.minimum(tile, layout.tiles - 1), in_tile]
 
-    places = layout.tiles * layout.max_slabs
-    dy_places = xp.where(exists > 0, xp.arange(layout.tiles)[:, None] * layout.max_slabs + dy_ranks, places)
+    nowhere = layout.tiles * layout.max_slabs
+    dy_places = xp.where(exists > 0, xp.arange(layout.tiles)[:, None] * layout.max_slabs + dy_ranks, nowhere)
     slabs = put_at(
         xp,
         xp.concatenate([tile * layout.max_slabs + x_rank, dy_places.ravel()]),
         xp.concatenate([x_slab, needed.ravel() - 1]),
-        places,
+        nowhere,
     )
     x_place, dy_place = x_rank * per_slab + unit_row % per_slab, dy_rank * per_slab + unit_col % per_slab
     slots = put_at(xp, xp.where(live, number, layout.max_units), x_place | dy_place << 16, layout.max_units)
