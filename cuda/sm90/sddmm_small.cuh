@@ -17,16 +17,30 @@ struct SmallConsumers {
   using Shape = SddmmShape<T, kUnit, 32>;
   static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
   static constexpr int kSteps = kUnit / 16;                            // products along a unit's side
-  // Products along the tokens that a pass through the units takes: as few passes as there are registers for.
-  static constexpr int kDepths = 2 / kSteps;
-  static constexpr int kDepthBytes = 16 * kRowBytes;
+  static constexpr int kDepthBytes = 16 * kRowBytes;                   // of the tokens of a product
   static_assert(kUnit == 16 || kUnit == 32);
   static_assert(Shape::kCapacity % kProductWarps == 0 && kMostUnits <= 32);
-  static_assert(Shape::kTokens / 16 % kDepths == 0);
   static_assert(kRingBytes / 16 <= 1 << 16, "an address in a stage fits 16 bits, in pieces of 16 bytes");
 
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
+    constexpr int kFewUnits = 4;
+    if constexpr (kUnit == 16) {
+      MultiplyUnits<kMostUnits, 2>(p, tile, ring, stages, warp);
+    } else if (tile.units <= kFewUnits * kProductWarps) {
+      MultiplyUnits<kFewUnits, 2>(p, tile, ring, stages, warp);
+    } else {
+      MultiplyUnits<kMostUnits, 1>(p, tile, ring, stages, warp);
+    }
+  }
+
+ private:
+  // For up to kUnits units. A pass through them takes kDepths products along the tokens: two, if there are registers
+  // for their fragments.
+  template <int kUnits, int kDepths>
+  static __device__ __forceinline__ void MultiplyUnits(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
+                                                       SddmmRing ring, std::uint32_t stages, int warp) {
+    static_assert(Shape::kTokens / 16 % kDepths == 0);
     const int lane = threadIdx.x % 32;
     const int share = warp % 4 * 2 + warp / 4;  // neighbours are on the same quarter of the SM: quarters get equal work
     const int first = share * tile.units / kProductWarps, count = (share + 1) * tile.units / kProductWarps - first;
@@ -39,19 +53,19 @@ struct SmallConsumers {
       const int eighth = unit % kPerPanel * (kUnit / 8) + piece;
       return unit / kPerPanel * (Shape::kPanelBytes / 16) + token * 8 + (eighth ^ token % 8);
     };
-    std::uint32_t places[kMostUnits];
+    std::uint32_t places[kUnits];
     // Bit i: unit i has another row of units than the one before. Found by a lane's own places: the compiler would keep
     // what it knows to be the same for all lanes in a uniform register, and stall on the way back to predicates.
     std::uint32_t starts = 0;
 #pragma unroll
-    for (int i = 0; i < kMostUnits; ++i) {
+    for (int i = 0; i < kUnits; ++i) {
       const int2 slot = i < count ? tile.Slot(p, first + i) : int2{};
       places[i] = address(slot.x, lane % 8 + lane / 16 * 8, lane / 8 % 2) | address(slot.y, lane % 16, lane / 16) << 16;
       if (i == 0 || ((places[i] ^ places[i - 1]) & 0xffff) != 0) starts |= 1u << i;
     }
     starts = __shfl_sync(kAllLanes, starts, 0);
 
-    float sums[kMostUnits][kSteps][2 * kSteps][4] = {};
+    float sums[kUnits][kSteps][2 * kSteps][4] = {};
     ForEachStage(p, tile, ring, stages, [&](std::uint32_t stage) {
 #pragma unroll
       for (int k = 0; k < Shape::kTokens / 16; k += kDepths) {
@@ -73,9 +87,9 @@ struct SmallConsumers {
         load_x(0);
         load_dy(0);
 #pragma unroll
-        for (int i = 0; i < kMostUnits; ++i) {
+        for (int i = 0; i < kUnits; ++i) {
           if (i >= count) break;
-          if (i + 1 < kMostUnits) load_dy(i + 1);
+          if (i + 1 < kUnits) load_dy(i + 1);
 #pragma unroll
           for (int d = 0; d < kDepths; ++d) {
 #pragma unroll
@@ -88,13 +102,13 @@ struct SmallConsumers {
               }
             }
           }
-          if (i + 1 < kMostUnits && (starts >> (i + 1) & 1)) load_x(i + 1);
+          if (i + 1 < kUnits && (starts >> (i + 1) & 1)) load_x(i + 1);
         }
       }
     });
 
 #pragma unroll
-    for (int i = 0; i < kMostUnits; ++i) {
+    for (int i = 0; i < kUnits; ++i) {
       if (i >= count) break;
       const std::uint32_t unit = stages + (first + i) * (kUnit * kUnit * 4);
 #pragma unroll
