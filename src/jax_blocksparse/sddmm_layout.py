@@ -199,7 +199,7 @@ _PAIRED_AT_ONCE = {1: 132, 2: 60, 4: 30}
 # Microseconds that a tile of 8192 tokens takes, measured on an H100, by unit.
 _START = {16: 15.0, 32: 25.0, 64: 45.0, 128: 28.0}
 _COPY = {16: 14.0, 32: 12.0, 64: 9.0, 128: 18.0}  # of a slab
-_FOR_TWO = 0.8  # of that, a slab of dy that pairs copy together whose tiles are shared besides
+_FOR_TWO = 0.82  # of that, a slab of dy that pairs copy together whose tiles are shared besides
 _APART = 1.1  # times that, slabs of many small units where three or more share tiles: few CTAs copy the same then
 _CROWDED = 14.0  # each slab of units of 64 beyond nine takes besides: stages get large, and few fit
 _MULTIPLY = {16: 2.1, 32: 4.95, 64: 9.3, 128: 32.0}  # of a unit
