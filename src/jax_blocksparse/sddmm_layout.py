@@ -264,14 +264,20 @@ def _expected_time(layout: SddmmLayout) -> float:
         x_slabs = 1.1 * rows * strips / layout.target
         dy_slabs *= 0.9  # not all of a strip's meet the tile's rows
     else:
-        tiles = max(1, layout.target // layout.strips, math.ceil(units / layout.capacity))  # of a strip
-        units = math.ceil(units / tiles)
-        x_slabs = rows / tiles + (1 if tiles > 1 else 0)
-        x_slabs += 2 * math.sqrt(units * (1 - density)) / max(1.0, in_row * density)  # where rows are emptiest
-        x_slabs = min(x_slabs, units)
+        of_strip = max(1, layout.target // layout.strips, math.ceil(units / layout.capacity))
+        tiles = layout.strips * of_strip
+        if layout.crosses_strips and tiles > layout.target:  # a tile goes on in the next strip, if only to be full
+            full = min(layout.capacity, math.ceil(strips * units / layout.target))
+            tiles, units = math.ceil(strips * units / full), full
+            x_slabs, dy_slabs = units, 2 * dy_slabs
+        else:
+            units = math.ceil(units / of_strip)
+            x_slabs = rows / of_strip + (1 if of_strip > 1 else 0)
+            x_slabs += 2 * math.sqrt(units * (1 - density)) / max(1.0, in_row * density)  # where rows are emptiest
+            x_slabs = min(x_slabs, units)
     if units > layout.capacity or x_slabs > layout.max_x_slabs:
         return math.inf
-    waves = math.ceil((layout.target if layout.whole_rows else layout.strips * tiles) / _at_once(layout))
+    waves = math.ceil((layout.target if layout.whole_rows else tiles) / _at_once(layout))
     if layout.paired and layout.split > 1:
         dy_slabs *= _FOR_TWO
     copy, multiply = _COPY[layout.unit] * (x_slabs + dy_slabs), _MULTIPLY[layout.unit] * units
