@@ -58,12 +58,11 @@ ffi::ErrorOr<MatmulPlan> DecodePlan(const char* target, const MatmulParams& para
   const std::int64_t element = Is16Bit(params.type) ? 2 : 4;
   const std::int64_t data_bytes =
       (data_is_shared ? 1 : params.batch) * params.nnz * params.block * params.block * element;
-  const std::int64_t x_bytes =
-      (params.x_batch_stride == 0 ? 1 : params.batch) * params.tokens * PackedXFeatures(params) * element;
+  const std::int64_t x_bytes = (params.x_batch_stride == 0 ? 1 : params.batch) * PackedXElements(params) * element;
   if (const auto size = static_cast<std::int64_t>(workspace.size_bytes()); size != 0) {
     const bool is_small_batch = params.tokens <= kFewTokens;
     if (size != data_bytes && !(is_small_batch && size == x_bytes)) {
-      return error("workspace must be as large as data, or for few tokens as x");
+      return error("workspace must be as large as data, or for few tokens as packed x");
     }
     // A program for any number of tokens has room for the blocks, of which few tokens make no use.
     if (!is_small_batch || size != data_bytes) decoded.workspace = workspace.untyped_data();

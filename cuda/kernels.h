@@ -37,9 +37,11 @@ cudaError_t LaunchSddmmMmaF16(const SddmmParams& params, TileSize size, cudaStre
 
 // Few tokens on tensor cores: 16-bit elements, all block sizes, x with rows that start at multiples of 16 bytes. They
 // take any number of tokens, but read the weights again for each 64. Up to kFewTokens, x may be packed first: then
-// `packed_x` is room for it, with PackedXFeatures a token.
+// `packed_x` is room for it, of PackedXElements for each batch element of x.
 constexpr int kFewTokens = 64;
-constexpr std::int64_t PackedXFeatures(const MatmulParams& p) { return CeilDiv(p.in_features, 32) * 32; }
+constexpr std::int64_t PackedXElements(const MatmulParams& p) {
+  return CeilDiv(p.in_features, 32) * 32 * (p.tokens <= 16 ? 16 : p.tokens <= 32 ? 32 : 64);
+}
 inline bool CanLaunchMatmulSkinny(const MatmulParams& p) {
   constexpr std::int64_t kMaxGrid = 65528;  // in y and z, in whole clusters
   return Is16Bit(p.type) && p.in_features % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0 &&

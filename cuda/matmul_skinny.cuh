@@ -10,9 +10,9 @@
 //
 // Where some columns may be much longer than the average, CTAs of neighbouring columns form a cluster, which first
 // takes all together what long lists have beyond that; and where blocks are small and many, x is packed first (see
-// skinny_pack.cuh), which overlaps with the beginning of this kernel. What bounds it: up to 32 tokens DRAM, or for a
-// short list its latencies (ptr, ids, weights, sums); for 64 tokens x, of which a slice of w features needs 4096 bytes
-// from L2 or L1 for each 64 w bytes of weights.
+// skinny_pack.cuh), which overlaps with the beginning of this kernel, and copied in whole pieces. What bounds it: up to
+// 32 tokens DRAM, or for a short list its latencies (ptr, ids, weights, sums); for 64 tokens x, of which a slice of w
+// features needs 4096 bytes from L2 for each 64 w bytes of weights.
 #pragma once
 
 #include <algorithm>
@@ -31,11 +31,16 @@ constexpr int kLineBytes = 128;
 
 struct SkinnyParams {
   MatmulParams product;
-  SkinnyX x;
+  const void* x;  // packed, or as it is
+  std::int64_t x_batch_stride;
   Epilogue epilogue;
   int kept;                           // entries of a long list that its own CTA takes care of
   std::uint32_t list_lines, x_lines;  // of 128 bytes, that order and inner, and x, take at least
 };
+
+inline std::uint32_t Lines(std::int64_t bytes) {
+  return static_cast<std::uint32_t>(std::min<std::int64_t>(bytes / kLineBytes, std::numeric_limits<int>::max()));
+}
 
 // The first CTAs have L2 read the operands that are found by way of others, a line a thread, while all wait for ptr.
 __device__ __forceinline__ void PrefetchOperands(const SkinnyParams& params) {
@@ -59,6 +64,23 @@ __device__ __forceinline__ void SumUnits(UnitWalk<Tile>& walk, const UnitCopier<
   const std::uint32_t ring = SharedAddress(ring_room);
 
   std::uint32_t needs_cut = 0;  // bit s: the unit in stage s
+  const auto barrier_of = [&](int stage) { return ring + Tile::kBarriers + stage * 8; };
+  // Says whether the unit needs a cut.
+  const auto copy_x = [&](int stage, int unit) {
+    const std::uint32_t to = ring + stage * Tile::kUnitBytes;
+    if constexpr (Tile::kIsPacked) {
+      return copier.CopyPackedX(to, barrier_of(stage), walk, unit);
+    } else {
+      return copier.CopyX(to, walk, unit);
+    }
+  };
+  if constexpr (Tile::kIsPacked) {
+    if (lane == 0) {
+      for (int stage = 0; stage < Tile::kStages; ++stage) InitBarrier(barrier_of(stage), 1);
+      FenceBarrierInit();
+    }
+    __syncwarp();
+  }
 #pragma unroll
   for (int unit = 0; unit < Tile::kAhead; ++unit) {
     if (walk.Exists(unit)) copier.CopyWeights(ring + unit * Tile::kUnitBytes, walk, unit);
@@ -66,32 +88,30 @@ __device__ __forceinline__ void SumUnits(UnitWalk<Tile>& walk, const UnitCopier<
   WaitForPrerequisites();  // x may be packed by the kernel before
 #pragma unroll
   for (int unit = 0; unit < Tile::kAhead; ++unit) {
-    if (walk.Exists(unit) && copier.CopyX(ring + unit * Tile::kUnitBytes, walk, unit)) needs_cut |= 1u << unit;
+    if (walk.Exists(unit) && copy_x(unit, unit)) needs_cut |= 1u << unit;
     CommitCopies();
   }
 
   float sums[Tile::kFeatureTiles][Tile::kTokenTiles][4] = {};
   int stage = 0, free_stage = Tile::kAhead;
+  std::uint32_t parity = 0;
 #pragma unroll 1
   for (int unit = 0; walk.Exists(unit); ++unit) {
     WaitForCopies<Tile::kAhead - 1>();
+    if constexpr (Tile::kIsPacked) WaitBarrier(barrier_of(stage), parity);
     __syncwarp();  // this unit has landed, and no lane reads the one before any more
     if (const int ahead = unit + Tile::kAhead; walk.Exists(ahead)) {
-      const std::uint32_t to = ring + free_stage * Tile::kUnitBytes;
-      static_assert(Tile::kAhead == UnitWalk<Tile>::kFirstMove);
       walk.MoveTo(ahead);
-      copier.CopyWeights(to, walk, ahead);
-      const std::uint32_t cut = copier.CopyX(to, walk, ahead) ? 1 : 0;
+      copier.CopyWeights(ring + free_stage * Tile::kUnitBytes, walk, ahead);
+      const std::uint32_t cut = copy_x(free_stage, ahead) ? 1 : 0;
       needs_cut = (needs_cut & ~(1u << free_stage)) | cut << free_stage;
     }
     CommitCopies();
 
     const std::uint32_t weights = ring + stage * Tile::kUnitBytes;
-    if ((needs_cut >> stage & 1) != 0) copier.CutWeights(weights, walk, unit);
-    const std::uint32_t x = weights + Tile::kWeightBytes + TileOffset<kUnitDepth>(lane % 8, lane / 8);
-    std::uint32_t b[Tile::kTokenTiles][4];
-#pragma unroll
-    for (int n = 0; n < Tile::kTokenTiles; ++n) LoadMatrices<false>(b[n], x + n * (8 * kUnitDepth * 2));
+    if ((needs_cut >> stage & 1) != 0) copier.Cut(weights, walk, unit);
+    std::uint32_t b[Tile::kTokenTiles][kUnitChunks];
+    copier.ReadX(b, weights);
 #pragma unroll
     for (int m = 0; m < Tile::kFeatureTiles; ++m) {
       std::uint32_t a[kDepthSteps][4];
@@ -103,6 +123,7 @@ __device__ __forceinline__ void SumUnits(UnitWalk<Tile>& walk, const UnitCopier<
       }
     }
     stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+    if (stage == 0) parity ^= 1;
     free_stage = free_stage + 1 == Tile::kStages ? 0 : free_stage + 1;
   }
 
@@ -178,7 +199,8 @@ __global__ void __maxnreg__(Tile::kRegisters) MatmulSkinnyKernel(const __grid_co
     } else {
       walk.Start(middle, end, cta * splits + warp, kClusterCtas * splits);
     }
-    SumUnits(walk, UnitCopier<T, kTranspose, Tile>(p, params.x, at, owner % Tile::kSlices), ring);
+    SumUnits(walk, UnitCopier<T, kTranspose, Tile>(p, params.x, params.x_batch_stride, at, owner % Tile::kSlices),
+             ring);
     __syncthreads();
     if (is_own) break;
     AddUpCluster<Tile>(reinterpret_cast<float*>(shared), splits, owner == cta);
@@ -227,13 +249,11 @@ cudaError_t LaunchSkinnyTile(SkinnyParams params, bool has_clusters, int sm_coun
   const std::int64_t average = CeilDiv(p.nnz, columns), longest = CeilDiv(p.in_features, Tile::kBlock);
 
   // Sharing a list takes about as long as a column of so many units. Even patterns, which are not known here, must not
-  // suffer: clusters need room for sums, which many tokens and L1 (packed x) have none of. Slices would share one by
-  // one.
-  constexpr bool kMayShare = Tile::kSlices == 1 && Tile::kTokens <= (Tile::kBlock < 32 ? 16 : 32);
+  // suffer: clusters need room for sums, which many tokens and packed x have none of. Slices would share one by one.
+  constexpr bool kMayShare = !Tile::kIsPacked && Tile::kSlices == 1 && Tile::kTokens <= (Tile::kBlock < 32 ? 16 : 32);
   constexpr int kWorthwhile = (Tile::kTokens < 32 ? 64 : 32) * Tile::kPieces / Tile::kParts;
   params.kept = static_cast<int>(std::max<std::int64_t>(average, kWorthwhile));
-  const bool shares = kMayShare && has_clusters && !params.x.is_packed && columns >= kClusterCtas &&
-                      longest > std::int64_t{3} * params.kept;
+  const bool shares = kMayShare && has_clusters && columns >= kClusterCtas && longest > std::int64_t{3} * params.kept;
   if (!shares) params.kept = std::numeric_limits<int>::max();
 
   const dim3 grid(CeilDiv(p.tokens, Tile::kTokens),
@@ -255,9 +275,7 @@ cudaError_t LaunchSkinnyTile(SkinnyParams params, bool has_clusters, int sm_coun
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {1, kClusterCtas, 1};
   }
-  // CTAs that start one by one find less of each other's x in L1: with 64 tokens that costs more than the overlap
-  // saves.
-  if (params.x.is_packed && has_clusters && Tile::kTokens <= 32) {
+  if (Tile::kIsPacked) {
     cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -265,49 +283,61 @@ cudaError_t LaunchSkinnyTile(SkinnyParams params, bool has_clusters, int sm_coun
   return cudaLaunchKernelEx(&config, kKernel, params);
 }
 
-template <typename T, int kBlock, int kTokens>
-cudaError_t LaunchSkinnyTokens(const SkinnyParams& params, bool has_clusters, int sm_count, cudaStream_t stream) {
-  using Tile = SkinnyTile<kBlock, kTokens>;
+template <typename T, int kBlock, int kTokens, bool kIsPacked>
+cudaError_t LaunchSkinnyX(const SkinnyParams& params, bool has_clusters, int sm_count, cudaStream_t stream) {
+  using Tile = SkinnyTile<kBlock, kTokens, kIsPacked>;
   return params.product.transpose ? LaunchSkinnyTile<T, true, Tile>(params, has_clusters, sm_count, stream)
                                   : LaunchSkinnyTile<T, false, Tile>(params, has_clusters, sm_count, stream);
 }
 
-template <typename T, int kBlock>
-cudaError_t LaunchSkinnyBlock(const SkinnyParams& params, bool has_clusters, int sm_count, cudaStream_t stream) {
-  if (params.product.tokens <= 16) return LaunchSkinnyTokens<T, kBlock, 16>(params, has_clusters, sm_count, stream);
-  if (params.product.tokens <= 32) return LaunchSkinnyTokens<T, kBlock, 32>(params, has_clusters, sm_count, stream);
-  return LaunchSkinnyTokens<T, kBlock, 64>(params, has_clusters, sm_count, stream);
+// Packs x first if there is room for that, it may pay, and this is Hopper.
+template <typename T, int kBlock, int kTokens>
+cudaError_t LaunchSkinnyTokens(SkinnyParams params, void* packed_x, bool has_clusters, int sm_count,
+                               cudaStream_t stream) {
+  const MatmulParams& p = params.product;
+  if constexpr (kBlock < kUnitDepth || (kBlock == kUnitDepth && kTokens == kFewTokens)) {
+    if (packed_x != nullptr && has_clusters) {
+      params.x = packed_x;
+      params.x_batch_stride = p.x_batch_stride == 0 ? 0 : PackedXElements(p);
+      const cudaError_t error = LaunchPackX<SkinnyTile<kBlock, kTokens, true>>(p, packed_x, stream);
+      if (error != cudaSuccess) return error;
+      return LaunchSkinnyX<T, kBlock, kTokens, true>(params, has_clusters, sm_count, stream);
+    }
+  }
+  params.x = p.x;
+  params.x_batch_stride = p.x_batch_stride;
+  params.x_lines = Lines(p.tokens * p.in_features * std::int64_t{sizeof(T)});
+  return LaunchSkinnyX<T, kBlock, kTokens, false>(params, has_clusters, sm_count, stream);
 }
 
-// One source file for each element type instantiates this. Packs x first if there is room for that.
+template <typename T, int kBlock>
+cudaError_t LaunchSkinnyBlock(const SkinnyParams& params, void* packed_x, bool has_clusters, int sm_count,
+                              cudaStream_t stream) {
+  const std::int64_t tokens = params.product.tokens;
+  if (tokens <= 16) return LaunchSkinnyTokens<T, kBlock, 16>(params, packed_x, has_clusters, sm_count, stream);
+  if (tokens <= 32) return LaunchSkinnyTokens<T, kBlock, 32>(params, packed_x, has_clusters, sm_count, stream);
+  return LaunchSkinnyTokens<T, kBlock, 64>(params, packed_x, has_clusters, sm_count, stream);
+}
+
+// One source file for each element type instantiates this.
 template <typename T>
 cudaError_t LaunchMatmulSkinnyOf(const MatmulParams& product, const Epilogue& epilogue, void* packed_x,
                                  bool has_clusters, int sm_count, cudaStream_t stream) {
-  const auto lines = [](std::int64_t bytes) {
-    return static_cast<std::uint32_t>(std::min<std::int64_t>(bytes / kLineBytes, std::numeric_limits<int>::max()));
-  };
   SkinnyParams params{};
   params.product = product;
   params.epilogue = epilogue;
-  params.list_lines = lines(product.nnz * std::int64_t{sizeof(*product.order)});
-  if (packed_x != nullptr) {
-    params.x = PackedX(product, packed_x);
-    if (const cudaError_t error = LaunchPackX(product, params.x, packed_x, stream); error != cudaSuccess) return error;
-  } else {
-    params.x = {product.x, product.x_batch_stride, product.in_features, std::min(product.block, kUnitDepth), false};
-    params.x_lines = lines(product.tokens * product.in_features * std::int64_t{sizeof(T)});
-  }
+  params.list_lines = Lines(product.nnz * std::int64_t{sizeof(*product.order)});
   switch (product.block) {
     case 8:
-      return LaunchSkinnyBlock<T, 8>(params, has_clusters, sm_count, stream);
+      return LaunchSkinnyBlock<T, 8>(params, packed_x, has_clusters, sm_count, stream);
     case 16:
-      return LaunchSkinnyBlock<T, 16>(params, has_clusters, sm_count, stream);
+      return LaunchSkinnyBlock<T, 16>(params, packed_x, has_clusters, sm_count, stream);
     case 32:
-      return LaunchSkinnyBlock<T, 32>(params, has_clusters, sm_count, stream);
+      return LaunchSkinnyBlock<T, 32>(params, packed_x, has_clusters, sm_count, stream);
     case 64:
-      return LaunchSkinnyBlock<T, 64>(params, has_clusters, sm_count, stream);
+      return LaunchSkinnyBlock<T, 64>(params, packed_x, has_clusters, sm_count, stream);
     case 128:
-      return LaunchSkinnyBlock<T, 128>(params, has_clusters, sm_count, stream);
+      return LaunchSkinnyBlock<T, 128>(params, packed_x, has_clusters, sm_count, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -17,11 +17,6 @@ __device__ __forceinline__ void CopyAsync16(std::uint32_t to, const void* from, 
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// The same by way of L1, for what others on this SM need, too.
-__device__ __forceinline__ void CopyAsyncCached16(std::uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
 // Copies 8 or 16 bytes to shared memory without waiting, and not more of their surroundings into L2.
 template <int kBytes>
 __device__ __forceinline__ void CopyAsync(std::uint32_t to, const void* from) {
@@ -52,6 +47,16 @@ __device__ __forceinline__ std::uint32_t LoadShared4(std::uint32_t from) {
   return value;
 }
 
+__device__ __forceinline__ void LoadSharedWords(std::uint32_t (&words)[2], std::uint32_t from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");
+}
+__device__ __forceinline__ void LoadSharedWords(std::uint32_t (&words)[4], std::uint32_t from) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+
 // The same value, computed here, while something is on its way, and not where it is needed.
 __device__ __forceinline__ std::uint32_t Now(std::uint32_t value) {
   asm volatile("" : "+r"(value));
@@ -72,6 +77,56 @@ __device__ __forceinline__ std::int32_t LoadIf(bool exists, const std::int32_t* 
                : "memory");
   return value;
 }
+
+// ---- Barriers in shared memory, and copies that they wait for; since Hopper ----
+
+__device__ __forceinline__ void InitBarrier(std::uint32_t barrier, int arrivals) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+#endif
+}
+
+// Makes initialised barriers visible to copies and to the other CTA of a cluster.
+__device__ __forceinline__ void FenceBarrierInit() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void ArriveExpecting(std::uint32_t barrier, std::uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+
+// Waits until the phase of this parity is over.
+__device__ __forceinline__ void WaitBarrier(std::uint32_t barrier, std::uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// Contiguous bytes, a multiple of 16 of them at multiples of 16.
+__device__ __forceinline__ void LoadBytes(std::uint32_t to, const void* from, std::uint32_t bytes,
+                                          std::uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+#endif
+}
+
+// Orders what this thread has written to shared memory before copies that come later.
+__device__ __forceinline__ void FenceBeforeCopies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// ---- Clusters and overlapping launches ----
 
 // Waits for all threads of a cluster. What they wrote before, also to shared memory, can be read behind.
 __device__ __forceinline__ void SyncCluster() {

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "mma_tile.cuh"
+#include "skinny_pack.cuh"
 
 namespace jax_blocksparse {
 
@@ -16,10 +17,11 @@ constexpr int kUnitDepth = 32;
 constexpr int kDepthSteps = kUnitDepth / 16;  // mma.sync instructions along the depth
 constexpr int kUnitChunks = kUnitDepth / kChunk;
 
-template <int kBlock_, int kTokens_>
+template <int kBlock_, int kTokens_, bool kIsPacked_>
 struct SkinnyTile {
   static constexpr int kBlock = kBlock_;
   static constexpr int kTokens = kTokens_;
+  static constexpr bool kIsPacked = kIsPacked_;  // x, see skinny_pack.cuh; else warps copy it as they copy weights
   static constexpr int kPiece = std::min(kBlock, kUnitDepth);  // as deep are the pieces of different blocks
   static constexpr int kPieces = kUnitDepth / kPiece;          // that lie side by side in a unit
   static constexpr int kParts = kBlock / kPiece;               // units along the depth of a block
@@ -37,19 +39,22 @@ struct SkinnyTile {
   static constexpr int kUnitBytes = kWeightBytes + kUnitDepth * kTokens * 2;
   static constexpr int kStages = 3;
   static constexpr int kAhead = kStages - 1;
-  static constexpr int kRingBytes = kStages * kUnitBytes;  // of one warp
+  static constexpr int kBarriers = kStages * kUnitBytes;  // where those begin that packed x needs, one for each stage
+  // Of one warp. Whole lines: bulk copies to other places took 1.5 times as long.
+  static constexpr int kRingBytes = kBarriers + (kIsPacked ? 128 : 0);
   // 98 KB: what every architecture since sm_80 allows, and some left.
   static constexpr int kMaxSplits = std::min(12, 98 * 1024 / kRingBytes);  // warps of a CTA
   static constexpr int kMaxSharedBytes = kMaxSplits * kRingBytes;
 
   // The sums and a unit's x take most of them.
-  static constexpr int kRegisters = std::max(8, kTokens* kFeatures / 32) + (kTokens < 32   ? 64
-                                                                            : kTokens < 64 ? 80
-                                                                                           : 104);
+  static constexpr int kRegisters = kIsPacked ? kFeatureTiles * kTokenTiles * 4 + kTokens / 2 + 48
+                                              : std::max(8, kTokens* kFeatures / 32) + (kTokens < 32   ? 64
+                                                                                        : kTokens < 64 ? 80
+                                                                                                       : 104);
 
   static_assert(kTokens % 8 == 0 && kTokenTiles <= 32 && kFeatures % kChunk == 0 && kSlices * kFeatures == kBlock);
   static_assert(kAhead <= 32 / kPieces, "the first copies are of the first window of units");
-  static_assert(kSumsBytes <= kRingBytes && kRingBytes % 16 == 0, "a warp leaves its sums in its ring");
+  static_assert(kSumsBytes <= kBarriers && kRingBytes % 128 == 0, "a warp leaves its sums in its ring");
   static_assert(kRegisters % 8 == 0 && kRegisters <= 255 && kRegisters * 32 * kMaxSplits <= 65536);
 };
 
@@ -144,14 +149,13 @@ class UnitWalk {
 
   __device__ bool Exists(int unit) const { return IndexOf(unit) < units_; }
 
-  // To be called for one unit after the other, from the kFirstMove-th on, before that unit is asked for.
-  static constexpr int kFirstMove = 2;
+  // To be called for one unit after the other, from the kAhead-th on, before that unit is asked for.
   __device__ void MoveTo(int unit) {
-    static_assert(kWindow >= 8);
+    static_assert(Tile::kAhead + 2 < kWindow);
     const int in_window = unit % kWindow;
-    if (in_window == kFirstMove) {
+    if (in_window == Tile::kAhead) {
       next_id_ = IdAt(IndexOf(unit - in_window + kWindow + lane_ / Tile::kPieces), lane_ % Tile::kPieces);
-    } else if (in_window == kFirstMove + 2) {
+    } else if (in_window == Tile::kAhead + 2) {
       next_row_ = RowOf(next_id_);
     } else if (in_window == 0) {
       id_ = next_id_;
@@ -240,34 +244,29 @@ class ClusterLists {
   int nnz_, kept_, begin_, end_;
 };
 
-// How the kernel finds x: as it is, or packed, the pieces of all tokens that go with the same rows of blocks together.
-struct SkinnyX {
-  const void* x;
-  std::int64_t batch_stride;
-  std::int64_t token_stride, piece_stride;  // in elements; from a piece of a token to the next
-  bool is_packed;
-};
-
-// The copies of one warp.
+// The copies of one warp. `x` is packed or as it is.
 template <typename T, bool kTranspose, typename Tile>
 class UnitCopier {
   using Layout = UnitLayout<Tile, kTranspose>;
   static constexpr int kBlock = Tile::kBlock;
-  // Short pieces of x come from L1 where they are packed, hence whole lines: other CTAs of the SM have just read them.
-  static constexpr bool kCaches = Tile::kPiece < kUnitDepth;
+  static constexpr int kPieceBytes = Tile::kTokens * Tile::kPiece * 2;
 
  public:
-  __device__ UnitCopier(const MatmulParams& p, const SkinnyX& x, const SkinnyPosition<Tile>& at, int slice)
-      : in_features_(p.in_features), layout_(threadIdx.x % 32), x_strides_(x) {
-    const int lane = threadIdx.x % 32, tokens = static_cast<int>(min(p.tokens - at.first_token, std::int64_t{8} * 32));
+  __device__ UnitCopier(const MatmulParams& p, const void* x, std::int64_t x_batch_stride,
+                        const SkinnyPosition<Tile>& at, int slice)
+      : in_features_(p.in_features), layout_(threadIdx.x % 32) {
+    const int lane = threadIdx.x % 32;
     data_ = static_cast<const T*>(p.data) + at.batch * p.data_batch_stride + layout_.row * kBlock +
             layout_.chunk * kChunk + slice * Tile::kFeatures * (kTranspose ? kBlock : 1);
-    // Tokens that do not exist are copied from others, by 0 bytes.
-    x_depth_ = lane % kUnitChunks * kChunk;
-    x_ = static_cast<const T*>(x.x) + at.batch * x.batch_stride +
-         (at.first_token + min(lane / kUnitChunks, tokens - 1)) * x.token_stride + x_depth_ % Tile::kPiece;
-    x_place_ = Tile::kWeightBytes + TileOffset<kUnitDepth>(lane / kUnitChunks, lane % kUnitChunks);
-    for (int n = 0; n < Tile::kTokenTiles; ++n) token_mask_ |= (lane / kUnitChunks + 8 * n < tokens ? 1u : 0u) << n;
+    x_ = static_cast<const T*>(x) + at.batch * x_batch_stride;
+    if constexpr (!Tile::kIsPacked) {
+      const int tokens = static_cast<int>(min(p.tokens - at.first_token, std::int64_t{8} * 32));
+      // Tokens that do not exist are copied from others, by 0 bytes.
+      x_depth_ = lane % kUnitChunks * kChunk;
+      x_ += (at.first_token + min(lane / kUnitChunks, tokens - 1)) * p.in_features + x_depth_ % Tile::kPiece;
+      x_place_ = Tile::kWeightBytes + TileOffset<kUnitDepth>(lane / kUnitChunks, lane % kUnitChunks);
+      for (int n = 0; n < Tile::kTokenTiles; ++n) token_mask_ |= (lane / kUnitChunks + 8 * n < tokens ? 1u : 0u) << n;
+    }
   }
 
   __device__ void CopyWeights(std::uint32_t stage, const UnitWalk<Tile>& walk, int unit) const {
@@ -281,30 +280,72 @@ class UnitCopier {
   }
 
   // Says whether a piece of the unit does not exist or reaches beyond x, and so into parts of the weights that may hold
-  // anything: see CutWeights.
+  // anything: see Cut.
   __device__ bool CopyX(std::uint32_t stage, const UnitWalk<Tile>& walk, int unit) const {
     const int first = walk.First(unit, x_depth_ / Tile::kPiece);
     const bool exists = first + x_depth_ % Tile::kPiece < in_features_;
-    const T* from = x_ + (exists ? static_cast<std::uint32_t>(first) / Tile::kPiece * x_strides_.piece_stride : 0);
+    const T* from = x_ + (exists ? first : 0);
 #pragma unroll
     for (int n = 0; n < Tile::kTokenTiles; ++n) {
       const bool copies = exists && (token_mask_ >> n & 1) != 0;
-      const std::uint32_t to = stage + x_place_ + n * (8 * kUnitDepth * 2);
-      if (kCaches && x_strides_.is_packed) {
-        CopyAsyncCached16(to, copies ? from : x_, copies ? 16 : 0);
-      } else {
-        CopyAsync16(to, copies ? from : x_, copies ? 16 : 0);
-      }
-      from += 8 * x_strides_.token_stride;
+      CopyAsync16(stage + x_place_ + n * (8 * kUnitDepth * 2), copies ? from : x_, copies ? 16 : 0);
+      from += std::int64_t{8} * in_features_;
     }
     return __any_sync(0xffffffffu, !exists);
   }
 
-  __device__ void CutWeights(std::uint32_t stage, const UnitWalk<Tile>& walk, int unit) const {
+  // The same for packed x, a piece a lane.
+  __device__ bool CopyPackedX(std::uint32_t stage, std::uint32_t barrier, const UnitWalk<Tile>& walk, int unit) const {
+    const int lane = threadIdx.x % 32, first = walk.First(unit, lane % Tile::kPieces);
+    const bool copies = first < in_features_ && lane < Tile::kPieces;
+    const int pieces = __popc(__ballot_sync(0xffffffffu, copies));
+    if (lane == 0) ArriveExpecting(barrier, pieces * kPieceBytes);
+    if (copies) {
+      const T* const from = x_ + std::uint64_t{static_cast<std::uint32_t>(first)} * Tile::kTokens;
+      LoadBytes(stage + Tile::kWeightBytes + lane * kPieceBytes, from, kPieceBytes, barrier);
+    }
+    return __any_sync(0xffffffffu, first + Tile::kPiece > in_features_);
+  }
+
+  // The right operands of all token tiles, by chunks of the depth.
+  __device__ void ReadX(std::uint32_t (&b)[Tile::kTokenTiles][kUnitChunks], std::uint32_t stage) const {
+    if constexpr (Tile::kIsPacked) {
+      using Packed = PackedPiece<Tile>;
+      const std::uint32_t from = stage + Tile::kWeightBytes + threadIdx.x % 32 * (Packed::kWords * 4);
+#pragma unroll
+      for (int i = 0; i < Tile::kPieces * Packed::kLoads; ++i) {
+        std::uint32_t words[Packed::kWords];
+        LoadSharedWords(words, from + i * (32 * 4 * Packed::kWords));
+#pragma unroll
+        for (int j = 0; j < Packed::kWords; ++j) {
+          const int piece = i / Packed::kLoads, word = i % Packed::kLoads * Packed::kWords + j;
+          b[word / Packed::kChunks][piece * Packed::kChunks + word % Packed::kChunks] = words[j];
+        }
+      }
+    } else {
+      const int lane = threadIdx.x % 32;
+      const std::uint32_t from = stage + Tile::kWeightBytes + TileOffset<kUnitDepth>(lane % 8, lane / 8);
+#pragma unroll
+      for (int n = 0; n < Tile::kTokenTiles; ++n) LoadMatrices<false>(b[n], from + n * (8 * kUnitDepth * 2));
+    }
+  }
+
+  // Makes zeros of what does not exist: of weights, and of packed x, which is copied where it exists.
+  __device__ void Cut(std::uint32_t stage, const UnitWalk<Tile>& walk, int unit) const {
     const int depth = in_features_ - walk.ReadFirst(unit, layout_.piece);
     const std::uint32_t to = stage + layout_.Place();
     for (int i = 0; i < Layout::kSteps; ++i) {
       if (layout_.IsBeyond(i, depth)) StoreShared16(Layout::Place(to, i), make_uint4(0, 0, 0, 0));
+    }
+    if constexpr (Tile::kIsPacked) {
+      for (int piece = 0; piece < Tile::kPieces; ++piece) {
+        if (walk.ReadFirst(unit, piece) < in_features_) continue;
+        const std::uint32_t x = stage + Tile::kWeightBytes + piece * kPieceBytes;
+        for (int i = threadIdx.x % 32 * 16; i < kPieceBytes; i += 32 * 16) {
+          StoreShared16(x + i, make_uint4(0, 0, 0, 0));
+        }
+      }
+      FenceBeforeCopies();
     }
     __syncwarp();
   }
@@ -313,9 +354,8 @@ class UnitCopier {
   int in_features_;
   Layout layout_;
   const T* data_;  // the lane's chunk in block 0
-  const T* x_;     // the lane's chunk of the first piece of its first token
-  const SkinnyX& x_strides_;
-  int x_depth_;  // of the lane's chunk in the unit
+  const T* x_;     // the lane's chunk of the first piece of its first token; or packed x
+  int x_depth_;    // of the lane's chunk in the unit
   std::uint32_t x_place_;
   std::uint32_t token_mask_ = 0;  // bit n: the token 8 n after the first exists
 };

@@ -17,15 +17,6 @@ namespace jax_blocksparse::sm90 {
 
 // ---- Barriers in shared memory ----
 
-__device__ __forceinline__ void InitBarrier(std::uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-// Makes initialised barriers visible to copies and to the other CTA of a cluster.
-__device__ __forceinline__ void FenceBarrierInit() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
 __device__ __forceinline__ void Arrive(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -40,19 +31,7 @@ __device__ __forceinline__ void ArriveAt(std::uint32_t barrier, std::uint32_t ra
       : "memory");
 }
 
-__device__ __forceinline__ void ArriveExpecting(std::uint32_t barrier, std::uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Waits until the phase of this parity is over.
-__device__ __forceinline__ void WaitBarrier(std::uint32_t barrier, std::uint32_t parity) {
-  asm volatile(
-      "{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// Whether it is over now.
+// Whether the phase of this parity is over.
 __device__ __forceinline__ bool TestBarrier(std::uint32_t barrier, std::uint32_t parity) {
   std::uint32_t done;
   asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
@@ -103,14 +82,6 @@ __device__ __forceinline__ void LoadTensor(std::uint32_t to, const CUtensorMap* 
       "[%5];" ::"r"(to),
       "l"(from), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
       : "memory");
-}
-
-// Contiguous bytes, a multiple of 16 of them at multiples of 16.
-__device__ __forceinline__ void LoadBytes(std::uint32_t to, const void* from, std::uint32_t bytes,
-                                          std::uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
 }
 
 // Four bytes by the calling thread, on its own account; zeros if the condition does not hold.

@@ -34,9 +34,6 @@ SMALL_BATCH = 64
 PACKING_PAYS_FROM = 800_000
 """Few rows of x are packed for so many products of a row and a small block; for fewer, it costs more than it saves."""
 
-PACKED_FEATURES = 32
-"""Of packed x, features come in such numbers. The same as in PackedXFeatures in cuda/kernels.h."""
-
 SUM_TOKENS = 64
 """The CUDA kernels sum so many rows of y; XLA sums these sums. The same as kSumTokens in cuda/epilogue.h."""
 
@@ -72,6 +69,11 @@ def _packs_x(x: ShapedArray, data: ShapedArray) -> bool:
     return block_size < 32 and rows > 8 and nnz * rows >= PACKING_PAYS_FROM
 
 
+def _packed_shape(rows: int, features: int) -> tuple[int, int]:
+    """How many rows and features packed x has room for. As PackedXElements in cuda/kernels.h."""
+    return max(16, 1 << (rows - 1).bit_length()), -(-features // 32) * 32
+
+
 def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=None, with_slope=False, **params):
     """The custom call for y = act(x W + bias) * scale, which takes and gives empty arrays for what is left out.
 
@@ -96,7 +98,7 @@ def _cuda_product(ctx, x, data, indices, *, bias=None, scale=None, activation=No
     rows = x[1].shape[1]
     if not jax.export.is_symbolic_dim(rows) and rows <= SMALL_BATCH:
         packs = _packs_x(x[1], data[1])
-        workspace = (*x[1].shape[:2], -(-x[1].shape[2] // PACKED_FEATURES) * PACKED_FEATURES)
+        workspace = (x[1].shape[0], *_packed_shape(*x[1].shape[1:]))
     else:
         # Of float32, large blocks are read along the depth only, and must be transposed where rows are not.
         packs = (layout.packs or not transpose) if tf32 else (layout.packs and x[1].dtype.itemsize == 2)
