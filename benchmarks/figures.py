@@ -133,10 +133,10 @@ def _throughput(records: Records, dense: Records) -> "Figure":
                 "dense", (0, max(rates)), xytext=(0, -10), textcoords="offset points", color="#666666", fontsize=8
             )
         panel.set(xticks=range(len(blocks)), xticklabels=blocks, xlabel="block size", title=PRODUCT_NAMES[product])
-        panel.set_ylim(bottom=0)
         panel.grid(visible=False, axis="x")
     panels[0][0].set_ylabel("TFLOP/s on non-zero blocks")
     panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    panels[0][0].set_ylim(bottom=0)  # of all panels, and only now, since it ends their scaling
     return figure
 
 
