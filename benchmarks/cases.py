@@ -157,9 +157,7 @@ _FEW_TOKENS_WARM = dataclasses.replace(
 )
 # So small that a call costs what its launch does.
 _TINY = Selection(shapes=(Shape(16, 64, 64),), blocks=(16,), densities=(0.5,), cache="warm")
-_UNEVEN = dataclasses.replace(
-    _MAIN, blocks=(16, 32, 64, 128), densities=(0.1,), patterns=("bernoulli", "barabasi-albert", "banded")
-)
+_OTHER_PATTERNS = dataclasses.replace(_MAIN, blocks=(16, 32, 64, 128), densities=(0.1,), patterns=tuple(PATTERNS)[1:])
 _TF32 = dataclasses.replace(_PEERS, dtypes=("tf32",), contenders=("native",))
 _F16 = dataclasses.replace(_MAIN, blocks=(16, 64), densities=(0.1,), dtypes=("f16",), products=("y", "dw"))
 _F32 = dataclasses.replace(_TF32, densities=(0.1,), dtypes=("f32",), contenders=("native", "xla"))
@@ -171,7 +169,7 @@ PRESETS: dict[str, tuple[Selection, ...]] = {
         _MAIN,
         _PEERS,
         _SLOW_PEERS,
-        _UNEVEN,
+        _OTHER_PATTERNS,
         _FEW_TOKENS_PEERS,
         dataclasses.replace(_FEW_TOKENS, shapes=_FEW_TOKENS.shapes[::2]),
         _WIDE,
@@ -187,7 +185,7 @@ PRESETS: dict[str, tuple[Selection, ...]] = {
     "full": (
         dataclasses.replace(_MAIN, contenders=("native", *PEERS, *SLOW_PEERS)),
         dataclasses.replace(_FEW_TOKENS, densities=_MAIN.densities, contenders=("native", *PEERS, *SLOW_PEERS)),
-        dataclasses.replace(_UNEVEN, blocks=_MAIN.blocks, densities=_MAIN.densities, patterns=tuple(PATTERNS)[1:]),
+        dataclasses.replace(_OTHER_PATTERNS, blocks=_MAIN.blocks, densities=_MAIN.densities),
         *(
             dataclasses.replace(each, densities=_MAIN.densities, contenders=("native", *PEERS))
             for each in (_WIDE, _DEEP, _LONG)

@@ -75,6 +75,17 @@ def against_best_peer(records: Iterable[dict[str, Any]]) -> list[tuple[dict[str,
     return pairs
 
 
+def beside_random(records: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Returns, for each case of ours on other patterns, our record and that on as many random blocks within a fifth."""
+    pairs = []
+    records = select(records, contender="native")
+    for ours in records:
+        like = {key: ours[key] for key in CASE} | {"pattern": "random"}
+        randoms = select(records, **like) if ours["pattern"] != "random" else []
+        pairs += [(ours, each) for each in randoms if 0.8 < ours["actual_density"] / each["actual_density"] < 1.2]
+    return pairs
+
+
 def shape_of(record: dict[str, Any]) -> tuple[int, int, int]:
     """Returns (M, K, N)."""
     return record["m"], record["k"], record["n"]

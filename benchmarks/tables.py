@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.cases import DTYPES
-from benchmarks.report import CASE, against_best_peer, select, shape_of
+from benchmarks.report import against_best_peer, beside_random, select, shape_of
 
 FEW_TOKENS = 64
 """Up to so many, reading the blocks bounds a product."""
@@ -107,13 +107,11 @@ def _beside_peers(records: list[dict[str, Any]]) -> Rows:
 
 
 def _beside_random(records: list[dict[str, Any]]) -> Rows:
-    """FLOP/s on non-zero blocks against those on random blocks, since patterns do not hit a density alike."""
+    """FLOP/s on non-zero blocks, since patterns do not hit a density alike."""
     yield ["case", "TFLOP/s", "random blocks", "part of it"]
-    for ours in select(records, contender="native"):
-        like = {key: ours[key] for key in CASE} | {"pattern": "random", "contender": "native"}
-        for random in select(records, **like) if ours["pattern"] != "random" else ():
-            rates = [each["flops_per_s"] for each in (ours, random)]
-            yield [_case(ours), *(f"{rate / 1e12:.3g}" for rate in rates), f"{rates[0] / rates[1]:.2f}"]
+    for pair in beside_random(records):
+        ours, random = (each["flops_per_s"] for each in pair)
+        yield [_case(pair[0]), f"{ours / 1e12:.3g}", f"{random / 1e12:.3g}", f"{ours / random:.2f}"]
 
 
 def _beside_bandwidth(records: list[dict[str, Any]], bytes_per_s: float) -> Rows:

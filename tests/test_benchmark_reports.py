@@ -93,11 +93,13 @@ def test_fractions():
         record(dtype="f32", speedup=gain, contender=who) | {"median_s": 1 / gain}
         for who, gain in (("native", 3.0), ("xla", 0.5))
     ]
-    results["results"] += [few, record(pattern="banded", speedup=6.0), record(dtype="f16", speedup=3.0), *floats]
+    others = [record(pattern="banded", speedup=6.0), record(pattern="butterfly") | {"actual_density": 0.03}]
+    results["results"] += [few, *others, record(dtype="f16", speedup=3.0), *floats]
     text = fractions.section(results)
     assert re.search(r"\| dw 32 \| 0.50 \(0.12\) \| +0.50 \(0.12\) \|", text)
     assert re.search(r"\| 16 x 1024 x 1024, 32 \| 6.0 us \(1.20\) \|", text)
     assert re.search(r"\| banded 32 \| 1.20 \|", text)
+    assert "butterfly" not in text  # too few blocks to compare
     assert re.search(r"\| f16 y 32 \| +0.30 \|", text)
     assert re.search(r"\| f32 y 32 \| +0.30 \(6.0\) \|", text)
 
