@@ -115,7 +115,7 @@ class LoopProgram:
             self._find_overhead()
             self._rounds = 1
             self.run()
-            short = min(self.run() for _ in range(2))
+            short = max(min(self.run() for _ in range(2)), INNER_SECONDS / 100)  # the overhead may be found too long
             wanted = max(1, math.ceil(RUN_SECONDS / short))
             self._rounds = max(2, wanted)
             long = min(self.run() for _ in range(2))
