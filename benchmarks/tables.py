@@ -102,8 +102,8 @@ def _table(records: list[dict[str, Any]]) -> str:
 def _beside_peers(records: list[dict[str, Any]]) -> Rows:
     yield ["case", "speed-up", "fastest peer", "its speed-up", "ours over it"]
     for ours, peer in against_best_peer(records):
-        gain, peer_gain = ours["speedup_over_dense"], peer["speedup_over_dense"]
-        yield [_case(ours), f"{gain:.2f}", peer["contender"], f"{peer_gain:.2f}", f"{gain / peer_gain:.2f}"]
+        gain, peer_gain = (_optional(each["speedup_over_dense"], ".2f") for each in (ours, peer))
+        yield [_case(ours), gain, peer["contender"], peer_gain, f"{ours['flops_per_s'] / peer['flops_per_s']:.2f}"]
 
 
 def _beside_random(records: list[dict[str, Any]]) -> Rows:

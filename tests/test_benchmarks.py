@@ -94,6 +94,15 @@ def test_loop_on_the_device_times_the_same_product(tmp_path, monkeypatch, l2_byt
         assert record["flops_per_s"] == pytest.approx(record["flops"] / record["median_s"])
 
 
+def test_others_are_shown_where_dense_failed(tmp_path, capsys, monkeypatch):
+    failing = dataclasses.replace(contenders.CONTENDERS["dense"], task=lambda *_: 1 / 0)
+    monkeypatch.setitem(contenders.CONTENDERS, "dense", failing)
+    status, results = run(tmp_path / "results.json", "--products", "y", "--contenders", "native,xla")
+    assert status == 1
+    assert [record["status"] for record in results["results"]] == ["error", "ok", "ok"]
+    assert re.search(r"\| y, 64x90x75, f32, random 16, 0.25 \| +\| +xla \| +\| +\d+\.\d\d \|", capsys.readouterr().out)
+
+
 def test_missing_peers_are_named(tmp_path, capsys, monkeypatch):
     absent = dataclasses.replace(contenders.CONTENDERS["stk"], needs=("no_such_module",))
     monkeypatch.setitem(contenders.CONTENDERS, "stk", absent)
