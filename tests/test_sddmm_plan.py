@@ -9,7 +9,7 @@ import pytest
 
 from jax_blocksparse import patterns
 from jax_blocksparse.arrays import flat_size
-from jax_blocksparse.sddmm_layout import SddmmLayout, choose_layout
+from jax_blocksparse.sddmm_layout import MAX_SLABS, SddmmLayout, choose_layout
 from jax_blocksparse.sddmm_plan import make_flat_plan, make_plan
 
 SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
@@ -216,6 +216,19 @@ def test_tile_that_needs_too_many_slabs_is_cut():
     plan = make_plan(rows, np.zeros(160, np.int32), layout, np)
     assert np.diff(plan.tiles[:, 1])[:6].tolist() == [27, 27, 27, 27, 27, 25]
     assert sorted(read(plan, layout)) == expected(rows, np.zeros(160, np.int32), layout)
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+@pytest.mark.parametrize("most", [1, 2, 5, 9])
+def test_there_are_tiles_enough_for_strips_just_too_long(most, whole_rows):
+    width, strips = MAX_SLABS[16] - most, 12  # of a strip that leaves a tile room for so many slabs of x
+    rows = np.tile(np.arange(most + 1, dtype=np.int32) * 4, strips)  # one block in each slab, one slab too many
+    cols = np.repeat(np.arange(strips, dtype=np.int32) * width * 4, most + 1)
+    shape = (most + 1) * 64, strips * width * 64
+    layout = SddmmLayout(*shape, 16, rows.size, 16, width * 64, target=1, split=1, whole_rows=whole_rows)
+    plan = make_plan(rows, cols, layout, np)
+    assert sorted(read(plan, layout)) == expected(rows, cols, layout)
+    assert units_and_slabs(plan)[0].size == 2 * strips
 
 
 def test_blocks_at_the_same_place_are_both_stored():
