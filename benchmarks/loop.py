@@ -60,12 +60,10 @@ class LoopProgram:
         if self._compiled is None:
             seconds = _seconds_of_call(self._single, self._first)
         else:
-            self._find_overhead()
-            self._rounds = 1
-            taken = min(self.run() for _ in range(2))
+            taken = self._time_round()
             if taken > INNER_SECONDS / 2:
                 return False
-            seconds = max(taken, INNER_SECONDS / 100) / self.calls
+            seconds = taken / self.calls
         self.input_copies, self._calls = choose_calls(byte_count(self._first), self._cold_bytes, seconds)
         self._trips = max(LEAST_TRIPS, round(INNER_SECONDS / self._calls / seconds))
         return True
@@ -112,10 +110,7 @@ class LoopProgram:
           NotTimedError: if the time does not grow in proportion to them.
         """
         for _ in range(_ATTEMPTS):
-            self._find_overhead()
-            self._rounds = 1
-            self.run()
-            short = max(min(self.run() for _ in range(2)), INNER_SECONDS / 100)  # the overhead may be found too long
+            short = self._time_round()
             wanted = max(1, math.ceil(RUN_SECONDS / short))
             self._rounds = max(2, wanted)
             long = min(self.run() for _ in range(2))
@@ -129,10 +124,16 @@ class LoopProgram:
             f"without the {self._overhead:.3e} s of none"
         )
 
-    def _find_overhead(self) -> None:
-        """Times runs of no rounds: what the host takes to start the program and to hear of its end, at the least."""
+    def _time_round(self) -> float:
+        """Times a round, and before it what the host takes to start the program and to hear of its end, at the least.
+
+        If that is found too long, a round seems to take nothing; no length of a loop is to follow from it.
+        """
         self._rounds, self._overhead = 0, 0.0
         self._overhead = min(self.run() for _ in range(5))
+        self._rounds = 1
+        self.run()
+        return max(min(self.run() for _ in range(2)), INNER_SECONDS / 100)
 
     def run(self) -> float:
         """Runs the loop to its end and returns the seconds that its rounds took."""

@@ -68,7 +68,7 @@ def against_best_peer(records: Iterable[dict[str, Any]]) -> list[tuple[dict[str,
     pairs = []
     records = list(records)
     for ours in select(records, contender="native"):
-        like = {key: value for key, value in ours.items() if key in CASE}
+        like = {key: ours[key] for key in CASE}
         rivals = [each for each in select(records, **like) if each["contender"] not in ("native", "dense")]
         if rivals:
             pairs.append((ours, max(rivals, key=lambda each: each["flops_per_s"])))
