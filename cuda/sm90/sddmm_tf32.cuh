@@ -97,16 +97,30 @@ template <int kUnit>
 struct SmallTF32Consumers {
   using Shape = SddmmShape<float, kUnit, 16>;
   static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
-  // Products along the tokens that a pass through the units takes: as few passes as there are registers for.
-  static constexpr int kDepths = 32 / kUnit;
   static_assert(kUnit == 16 || kUnit == 32);
-  static_assert(Shape::kTokens / 8 % kDepths == 0);
   static_assert(Shape::kCapacity % kProductWarps == 0 && kMostUnits <= 32);
   static_assert(Shape::kPanel % kUnit == 0, "a unit is in one panel");
   static_assert(kRingBytes / 4 <= 1 << 16, "an address in a stage fits 16 bits, in units of 4 bytes");
 
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
+    constexpr int kFewUnits = 4;
+    if constexpr (kUnit == 16) {
+      MultiplyUnits<kMostUnits, 2>(p, tile, ring, stages, warp);
+    } else if (tile.units <= kFewUnits * kProductWarps) {
+      MultiplyUnits<kFewUnits, 2>(p, tile, ring, stages, warp);
+    } else {
+      MultiplyUnits<kMostUnits, 1>(p, tile, ring, stages, warp);
+    }
+  }
+
+ private:
+  // For up to kUnits units. A pass through them takes kDepths products along the tokens: two, if there are registers
+  // for their fragments.
+  template <int kUnits, int kDepths>
+  static __device__ __forceinline__ void MultiplyUnits(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
+                                                       SddmmRing ring, std::uint32_t stages, int warp) {
+    static_assert(Shape::kTokens / 8 % kDepths == 0);
     const int lane = threadIdx.x % 32;
     const int first = warp * tile.units / kProductWarps, count = (warp + 1) * tile.units / kProductWarps - first;
 
@@ -116,11 +130,11 @@ struct SmallTF32Consumers {
       constexpr int kPerPanel = Shape::kPanel / kUnit;
       return (unit / kPerPanel * Shape::kPanelBytes + (of_lane ^ unit % kPerPanel * (kUnit * 4))) / 4;
     };
-    std::uint32_t places[kMostUnits];
+    std::uint32_t places[kUnits];
     std::uint32_t starts = 0;  // bit i: unit i has other features of x than the one before
     int last = -1;
 #pragma unroll
-    for (int i = 0; i < kMostUnits; ++i) {
+    for (int i = 0; i < kUnits; ++i) {
       const int2 slot = i < count ? tile.Slot(p, first + i) : int2{};
       places[i] = place(slot.x, XPlace(lane)) | place(slot.y, DyPlace(lane)) << 16;
       if (slot.x != last) starts |= 1u << i;
@@ -128,7 +142,7 @@ struct SmallTF32Consumers {
     }
     starts = __shfl_sync(kAllLanes, starts, 0);
 
-    PieceSums<kUnit> sums[kMostUnits];
+    PieceSums<kUnit> sums[kUnits];
     ForEachStage(p, tile, ring, stages, [&](std::uint32_t stage) {
 #pragma unroll
       for (int k = 0; k < Shape::kTokens / 8; k += kDepths) {
@@ -147,18 +161,18 @@ struct SmallTF32Consumers {
         load_x(0);
         load_dy(0);
 #pragma unroll
-        for (int i = 0; i < kMostUnits; ++i) {
+        for (int i = 0; i < kUnits; ++i) {
           if (i % 2 == 0 && i >= count) break;  // units beyond the last are multiplied, but not kept
-          if (i + 1 < kMostUnits) load_dy(i + 1);
+          if (i + 1 < kUnits) load_dy(i + 1);
 #pragma unroll
           for (int d = 0; d < kDepths; ++d) sums[i].Add(x[d], dy[i % 2][d]);
-          if (i + 1 < kMostUnits && (starts >> (i + 1) & 1)) load_x(i + 1);
+          if (i + 1 < kUnits && (starts >> (i + 1) & 1)) load_x(i + 1);
         }
       }
     });
 
 #pragma unroll
-    for (int i = 0; i < kMostUnits; ++i) {
+    for (int i = 0; i < kUnits; ++i) {
       if (i >= count) break;
       sums[i].template Store<kUnit>(stages + (first + i) * (kUnit * kUnit * 4), 0, 0, lane);
     }
