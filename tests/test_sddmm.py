@@ -67,6 +67,22 @@ def test_pairs_of_tiles_equal_the_dense_product(block_size, shape, density, toke
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("shape", "density"), [((2056, 4104), 0.6), ((16392, 520), 0.6)])  # the second: all of x
+def test_waves_of_tiles_equal_the_dense_product(shape, density, dtype):
+    pattern = jbs.patterns.random(shape, 64, density=density, distribution="bernoulli")
+    layout = sddmm_layout.choose_layout(*shape, 64, pattern.nnz)
+    assert (layout.unit, layout.split) == (64, 1)
+    assert pattern.nnz > 132 * 8
+    x, dy = (cases.normal((4100, size), dtype, seed=6) for size in shape)
+    product = jax.jit(functools.partial(jbs.sddmm, implementation="native"))
+    got = np.asarray(product(x, dy, pattern))
+    as_dense = np.asarray(jnp.dot(x.T, dy, precision=HIGHEST, preferred_element_type="float32"))
+    assert cases.relative_error(got, cases.sampled(as_dense, pattern)) < 4e-3
+    assert np.asarray(product(x, dy, pattern)).tobytes() == got.tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("block_size", "shape", "density", "split", "paired"),
     [

@@ -54,9 +54,11 @@ struct SddmmKernelParams {
   void* data;
   std::int64_t plan_batch_stride;
   int plan_tiles, plan_units;
-  int all_tiles;  // plan_tiles, and one more if it takes that to make pairs
+  int all_tiles;      // plan_tiles, and one more if it takes that to make pairs
+  int first_cluster;  // of those that this launch is
   TileWalk walk;
   int split;
+  int most_stages;
   bool paired;  // clusters have two tiles, which share copies of dy where they can
   int nnz;
   int block_bits;  // log2 of the block size
@@ -75,7 +77,6 @@ struct SddmmShape {
   static constexpr int kPanelsPerSlab = kSlab / kPanel;
   static constexpr int kPanelBytes = kTokens * kRowBytes;
   static constexpr int kSlabBytes = kPanelsPerSlab * kPanelBytes;
-  static constexpr int kStages = kUnit == 128 ? 4 : kMaxStages;  // more of the largest only get in each other's way
   static_assert(kPanelBytes % kAlignment == 0);
   static_assert(2 * kMaxSlabs * kSlabBytes <= kRingBytes, "two stages of the largest tile");
   static_assert(kMaxSlabs * kPanelsPerSlab <= kMaxPanels);
@@ -105,7 +106,7 @@ struct SddmmTile {
   __device__ explicit SddmmTile(const SddmmKernelParams& p) {
     split = p.split;
     const int at_once = p.paired ? 2 : 1, in_cluster = static_cast<int>(ClusterRank());
-    const int cluster = blockIdx.x / (at_once * split);
+    const int cluster = p.first_cluster + blockIdx.x / (at_once * split);
     const int places = p.all_tiles / at_once;
     batch = cluster / places;
     plan = batch * p.plan_batch_stride;
@@ -129,7 +130,7 @@ struct SddmmTile {
                   min(units, other_units) > 0 && all_dy_slabs > 0 && x_room + all_dy_slabs <= Shape::kMaxSlabs;
       if (!shares_dy) x_room = x_slabs;
     }
-    stages = min(Shape::kStages, kRingBytes / max(1, stage_bytes()));
+    stages = min(p.most_stages, kRingBytes / max(1, stage_bytes()));
   }
 
   __device__ bool IsEmpty() const { return units == 0 || x_slabs == 0 || dy_slabs == 0; }
@@ -386,6 +387,26 @@ __device__ __forceinline__ void RunSddmm(const SddmmKernelParams& p) {
 
 constexpr int Log2(int value) { return value <= 1 ? 0 : 1 + Log2(value / 2); }
 
+// The most stages of a ring. Those of large units that do not make copies faster let CTAs drift apart, which then find
+// less in L2 of what others have read. Where tiles are so full that products bound them, one more helps.
+inline int MostStages(const SddmmParams& params) {
+  constexpr double kFull = 6.5;  // units of 64
+  if (params.unit < 64) return kMaxStages;
+  const bool full = params.unit == 64 && params.split == 1 && params.plan_units > kFull * params.plan_tiles;
+  return full ? 5 : 4;
+}
+
+constexpr int kWaveCtas = 132;  // one for each SM of an H100
+
+// The most CTAs of a launch. If CTAs start whenever others end, they are at other tokens than their neighbours, and
+// read what they share from memory. With units of 64 that costs more than it takes to let a wave end before the next
+// begins.
+inline std::int64_t MostCtas(const SddmmParams& params) {
+  constexpr int kManyTokens = 4096;  // that take tens of microseconds
+  const bool in_waves = params.unit == 64 && params.tokens >= kManyTokens;
+  return in_waves ? kWaveCtas : std::numeric_limits<int>::max();
+}
+
 // Whether clusters have two tiles. As in sddmm_layout.py, where plans give both tiles of a pair the same slabs of dy.
 inline bool IsPaired(const SddmmParams& params, int unit) {
   // With few units in a tile, what a pair would save is less than what waiting for each other costs.
@@ -401,7 +422,7 @@ inline bool IsPaired(const SddmmParams& params, int unit) {
 // Chooses the walk for units of 64 and 128, whose strips are columns of units: by how many features of x and dy a wave
 // of CTAs needs, if the pattern is even. One strip after the other needs all of x for each wave.
 inline TileWalk ChooseWalk(const SddmmParams& params, int unit, int at_once) {
-  constexpr double kWave = 132, kWorthwhile = 0.75;
+  constexpr double kWave = kWaveCtas, kWorthwhile = 0.75;
   const double strips = static_cast<double>(CeilDiv(params.out_features, unit));
   const double tiles = std::floor(params.plan_tiles / strips / at_once) * at_once;  // of a strip
   if (unit < 64 || tiles <= at_once) return {};
@@ -423,8 +444,11 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   cudaError_t error = EncodeTensorMap(&p.x, {params.x, kType, sizeof(T), extent(params.in_features),
                                              extent(params.tokens), extent(params.x_batch), Shape::kTokens});
   if (error != cudaSuccess) return error;
-  error = EncodeTensorMap(&p.dy, {params.dy, kType, sizeof(T), extent(params.out_features), extent(params.tokens),
-                                  extent(params.dy_batch), Shape::kTokens});
+  TensorMapSpec dy = {
+      params.dy,     kType, sizeof(T), extent(params.out_features), extent(params.tokens), extent(params.dy_batch),
+      Shape::kTokens};
+  dy.neighbours_follow = Shape::kUnit < 64;  // a tile needs most of a strip
+  error = EncodeTensorMap(&p.dy, dy);
   if (error != cudaSuccess) return error;
   p.tiles = reinterpret_cast<const int4*>(params.tiles);
   p.slabs = params.slabs;
@@ -436,6 +460,7 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.plan_tiles = params.plan_tiles;
   p.plan_units = params.plan_units;
   p.split = params.split;
+  p.most_stages = MostStages(params);
   p.paired = IsPaired(params, Shape::kUnit);
   const int at_once = p.paired ? 2 : 1;
   p.walk = ChooseWalk(params, Shape::kUnit, at_once);
@@ -449,19 +474,25 @@ cudaError_t LaunchSddmmShape(const SddmmParams& params, cudaStream_t stream) {
   p.f32_output = params.f32_output;
 
   if (error = AllowSharedMemory<kKernel>(kSharedBytes); error != cudaSuccess) return error;
-  const std::int64_t ctas = params.batch * p.all_tiles * params.split;
-  if (ctas > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  const int cluster_size = at_once * params.split;
+  const std::int64_t clusters = params.batch * p.all_tiles / at_once;
+  if (clusters * cluster_size > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(at_once * params.split), 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(ctas);
   config.blockDim = kSddmmThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kKernel, p);
+  const std::int64_t most = MostCtas(params) / cluster_size;
+  for (std::int64_t first = 0; first < clusters && error == cudaSuccess; first += most) {
+    p.first_cluster = static_cast<int>(first);
+    config.gridDim = static_cast<unsigned>(std::min(most, clusters - first) * cluster_size);
+    error = cudaLaunchKernelEx(&config, kKernel, p);
+  }
+  return error;
 }
 
 }  // namespace jax_blocksparse::sm90

@@ -22,15 +22,19 @@ inline decltype(&cuTensorMapEncodeTiled) TensorMapEncoder() {
   return encoder;
 }
 
-// An array (batch, rows, row_elements), row-major and dense, that is copied in boxes of box_rows rows of 128 bytes,
-// which shared memory holds with the 128-byte swizzle. The array starts, and its rows follow each other, at multiples
-// of 16 bytes.
+// An array (batch, rows, row_elements), row-major and dense, that is copied in boxes of box_rows rows of 64 or 128
+// bytes, which shared memory holds with the swizzle over as many. The array starts, and its rows follow each other, at
+// multiples of 16 bytes.
 struct TensorMapSpec {
   const void* array;
   CUtensorMapDataType type;
   std::uint32_t element_bytes;
   std::uint64_t row_elements, rows, batch;
   std::uint32_t box_rows;
+  std::uint32_t box_row_bytes = 128;
+  // Whether L2 reads 256 bytes of a row from memory where 128 are asked for. Without it, nothing is read that may be
+  // wanted much later or never.
+  bool neighbours_follow = false;
 };
 
 inline cudaError_t EncodeTensorMap(CUtensorMap* map, const TensorMapSpec& spec) {
@@ -39,11 +43,13 @@ inline cudaError_t EncodeTensorMap(CUtensorMap* map, const TensorMapSpec& spec) 
   const std::uint64_t sizes[] = {spec.row_elements, spec.rows, spec.batch};
   const std::uint64_t pitch = spec.row_elements * spec.element_bytes;
   const std::uint64_t strides[] = {pitch, pitch * spec.rows};
-  const std::uint32_t box[] = {128 / spec.element_bytes, spec.box_rows, 1};
+  const std::uint32_t box[] = {spec.box_row_bytes / spec.element_bytes, spec.box_rows, 1};
   const std::uint32_t element_strides[] = {1, 1, 1};
+  const CUtensorMapSwizzle swizzle = spec.box_row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+  const CUtensorMapL2promotion promotion =
+      spec.neighbours_follow ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   const CUresult result = encode(map, spec.type, 3, const_cast<void*>(spec.array), sizes, strides, box, element_strides,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
