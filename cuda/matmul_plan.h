@@ -29,7 +29,7 @@ struct MatmulPlanLayout {
   std::int64_t slices = 0;
 };
 
-// The layout of the plan of a pattern of this many blocks. Mirrors PlanLayout of plan.py.
+// The layout of the plan of a pattern of this many blocks. Mirrors PlanLayout of plan_layout.py.
 constexpr MatmulPlanLayout PlanLayoutOf(const MatmulParams& p, std::int64_t tile_features, std::int64_t capacity) {
   const bool packs = p.block < kPlanChunk;
   const auto padded = [](std::int64_t size) { return CeilDiv(size, 4) * 4; };

@@ -97,7 +97,7 @@ TINY = tuple(
 )
 
 # So many tiles that GPUs take large ones, several for each SM, the last ones cut off and, where there are few blocks,
-# some empty. With few blocks of 64 and 128, two teams take turns.
+# some empty. With few blocks of 64 and 128, two teams take turns; with few of 16 and 32, halves of chunks share steps.
 MANY_TILES = tuple(
     _cut(
         f"many_tiles_{b}_{density}",
@@ -108,7 +108,7 @@ MANY_TILES = tuple(
         inert=1,
         leading=(3300,),
     )
-    for b, density in ((64, 0.05), (128, 0.1), (16, 0.3), (64, 0.5), (128, 0.5))
+    for b, density in ((64, 0.05), (128, 0.1), (16, 0.3), (64, 0.5), (128, 0.5), (16, 0.02), (32, 0.04), (32, 0.4))
 )
 
 CASES = (

@@ -128,11 +128,13 @@ def checks():
     ]
     for each in small:
         yield functools.partial(products, *each)
-    # Large tiles, several for each SM. With few blocks of 64 or 128, or few features, two teams take turns.
+    # Large tiles, several for each SM. With few blocks of 64 or 128, or few features, two teams take turns; with few of
+    # 16 and 32, halves of chunks share steps.
     large = [
         *itertools.product(("bfloat16", "float32"), jbs.BLOCK_SIZES, (WIDE, TALL), (0.4,)),
         *itertools.product(("bfloat16", "float32"), (64, 128), (SQUARE,), (0.4, 0.1)),
         ("bfloat16", 128, (2568, 2568), 0.12),
+        *itertools.product(("bfloat16", "float32"), (16, 32), (SQUARE,), (0.05,)),
         *itertools.product(("float16",), jbs.BLOCK_SIZES, (TALL,), (0.4,)),
     ]
     for dtype, b, shape, density in large:

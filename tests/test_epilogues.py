@@ -134,7 +134,7 @@ class TestSecondDerivativesOfScaledProducts:
             check_grads(product, (x, bias, scale, data), order=2, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", [CASE, *cases.TILES, *cases.MANY_TILES[:2]], ids=str)
+@pytest.mark.parametrize("case", [CASE, *cases.TILES, *cases.MANY_TILES[:2], *cases.MANY_TILES[-2:]], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_scaled_result(dtype, case, device):
     x, w = case.x(dtype).reshape(1, -1, case.shape[0]), case.w(dtype)

@@ -56,6 +56,7 @@ def test_16_bit_inputs_can_give_float32(dtype, case, transposed, device):
     [
         *(("bfloat16", case) for case in cases.MANY_TILES),
         *((dtype, case) for case in cases.MANY_TILES[:2] for dtype in ("float16", "float32")),
+        *((dtype, case) for case in cases.MANY_TILES[-3:] for dtype in ("float16", "float32")),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ import pytest
 import jax_blocksparse as jbs
 from jax_blocksparse import sddmm_layout
 from jax_blocksparse.arrays import flat_size
-from jax_blocksparse.plan import choose_layout
+from jax_blocksparse.plan_layout import choose_layout
 
 TESTS = Path(__file__).parent
 

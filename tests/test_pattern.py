@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_blocksparse import BLOCK_SIZES, BlockPattern, sddmm_layout, sddmm_plan
+from jax_blocksparse import BLOCK_SIZES, BlockPattern, plan_layout, sddmm_layout, sddmm_plan
 from jax_blocksparse import plan as plan_module
 
 DERIVED = ("col_ptr", "col_order", "row_ptr", "row_order")
@@ -33,8 +33,8 @@ def assert_valid(pattern):
         assert leaf.dtype == jnp.int32
         np.testing.assert_array_equal(leaf, np.array(wanted, np.int32), err_msg=name)
     for plan, module, choose_layout, shape, inner, outer in (
-        (pattern.y_plan, plan_module, plan_module.choose_layout, pattern.shape, rows, cols),
-        (pattern.dx_plan, plan_module, plan_module.choose_layout, pattern.shape[::-1], cols, rows),
+        (pattern.y_plan, plan_module, plan_layout.choose_layout, pattern.shape, rows, cols),
+        (pattern.dx_plan, plan_module, plan_layout.choose_layout, pattern.shape[::-1], cols, rows),
         (pattern.dw_plan, sddmm_plan, sddmm_layout.choose_layout, pattern.shape, rows, cols),
     ):
         layout = choose_layout(*shape, pattern.block_size, pattern.nnz)

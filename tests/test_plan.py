@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_blocksparse.plan import CHUNK, GROUP, PlanLayout, choose_capacity, choose_layout, full_capacity, make_plan
+from jax_blocksparse.plan import make_plan
+from jax_blocksparse.plan_layout import CHUNK, GROUP, HALF, PlanLayout, choose_capacity, choose_layout, full_capacity
 
 SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
 CASES = [
@@ -23,7 +24,8 @@ def make_case(block, shape, tile, density, capacity=None, seed=0):
     inert = [(-1, 0), (0, -3), (grid[0], 0), (0, grid[1]), (2**20, 2**20)]
     rows, cols = np.concatenate([np.stack([rows, cols]), np.array(inert).T], axis=1)
     shuffle = rng.permutation(rows.size)
-    layout = PlanLayout(*shape, block, rows.size, tile, capacity or choose_capacity(block, tile, density))
+    capacity = capacity or (choose_capacity(block, tile, density) if block < CHUNK else 1)
+    layout = PlanLayout(*shape, block, rows.size, tile, capacity)
     return rows[shuffle].astype(np.int32), cols[shuffle].astype(np.int32), layout
 
 
@@ -42,17 +44,22 @@ def read_packed(plan, layout):
     found = []
     for *groups, first_step, steps in read_tiles(plan, layout):
         for step in range(first_step, first_step + steps):
-            chunk, first, blocks, _ = plan.steps[step]
+            *halves, first, blocks = plan.steps[step][[0, 3, 1, 2]]
+            together = halves[0] % 2 == 0 and halves[1] == halves[0] + 1
             assert 1 <= blocks <= layout.capacity
             seen = 0
             for slice_ in range(layout.slices):
                 word = plan.masks[slice_, step]
-                assert word >> 20 == seen
+                assert word >> 20 & 255 == seen
+                assert word >> 28 == (not together)
                 for bit in range(16):
                     if not word >> bit & 1:
                         continue
-                    row = chunk * (CHUNK // b) + bit // in_slice
-                    depths = {k // 16 for k in range(row * b % CHUNK, row * b % CHUNK + b)}
+                    row_in_step = bit // in_slice
+                    half, inside = divmod(row_in_step * b, HALF)
+                    assert halves[half] >= 0
+                    row = (halves[half] * HALF + inside) // b
+                    depths = {k // 16 for k in range(row_in_step * b, row_in_step * b + b)}
                     assert all(word >> (16 + depth) & 1 for depth in depths)
                     feature = groups[slice_ * width // GROUP] * GROUP + slice_ * width % GROUP
                     col = feature // b + bit % in_slice
@@ -126,11 +133,11 @@ def test_order_is_a_permutation_with_inert_blocks_last():
 
 
 def test_tiles_with_most_work_come_first():
-    rows = np.array([0, 0, 1, 2, 0, 5], np.int32)
-    cols = np.array([0, 16, 16, 16, 32, 33], np.int32)
+    rows = np.array([0, 0, 1, 2, 0, 2, 5], np.int32)
+    cols = np.array([0, 16, 16, 16, 32, 32, 33], np.int32)
     rows, cols = (np.repeat(each, 4) for each in (rows + 8 * (cols // 16), cols))
-    cols += np.tile(np.arange(4) * 4, 6)  # the same in each group of a tile
-    layout = PlanLayout(512, 768, 16, 24, 256, 16)
+    cols += np.tile(np.arange(4) * 4, 7)  # the same in each group of a tile
+    layout = PlanLayout(512, 768, 16, 28, 256, 16)
     tiles = read_tiles(make_plan(rows, cols, layout, np), layout)
     assert tiles.tolist() == [[8, 9, 10, 11, 2, 2], [4, 5, 6, 7, 1, 1], [0, 1, 2, 3, 0, 1]]
 
@@ -150,8 +157,18 @@ def test_tiles_along_a_band_meet_the_same_chunks_together(block):
     layout = choose_layout(2048, 2048, block, rows.size)
     plan = make_plan(rows.astype(np.int32), cols.astype(np.int32), layout, np)
     for *_, first, steps in read_tiles(plan, layout):
-        met = list(dict.fromkeys(plan.steps[first : first + steps, 0]))  # a chunk may take several steps
+        chunks = plan.steps[first : first + steps, 0] // (2 if layout.packs else 1)
+        met = list(dict.fromkeys(chunks))  # a chunk may take several steps
         assert [chunk % len(met) for chunk in met] == list(range(len(met)))
+
+
+def test_halves_of_chunks_whose_other_half_a_tile_does_not_meet_share_steps():
+    rows = np.array([0, 1, 3, 4, 6, 9, 10], np.int32)  # halves of chunks, of which 0 and 1 are one chunk
+    layout = PlanLayout(512, 256, 32, rows.size, 256, 16)
+    plan = make_plan(rows, np.zeros_like(rows), layout, np)
+    assert plan.tiles[0, 2] == 4
+    assert plan.steps[:4, [0, 3]].tolist() == [[0, 1], [3, 4], [6, 9], [10, -1]]
+    assert (plan.masks[0, :4] >> 28).tolist() == [0, 1, 1, 1]
 
 
 def test_chunks_far_apart_are_met_in_order():

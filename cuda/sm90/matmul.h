@@ -2,7 +2,8 @@
 //
 // Everything that depends on the pattern comes as plan arrays (src/jax_blocksparse/plan.py makes and describes them).
 // Output features are cut into groups of 64, input features into chunks of 64; a tile has two or four groups, any; a
-// step is a chunk in which a tile has blocks. No content of the plan arrays can lead outside a buffer.
+// step is a chunk in which a tile has blocks, or halves of two. No content of the plan arrays can lead outside a
+// buffer.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +16,7 @@
 namespace jax_blocksparse::sm90 {
 
 constexpr int kChunk = 64;                   // input features a step
+constexpr int kHalf = 32;                    // input features that a step of small blocks can have without others
 constexpr int kGroup = 64;                   // output features of a warpgroup's product, "M" of the instruction
 constexpr int kMostFeatures = kGroup << 16;  // output features that 16 bits for a group can name
 

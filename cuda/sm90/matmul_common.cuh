@@ -33,6 +33,7 @@ constexpr int kProducts = kRowBytes / kDepthBytes;
 
 struct KernelParams {
   CUtensorMap x;
+  CUtensorMap x_halves;  // small blocks of 16-bit elements
   CUtensorMap y;
   CUtensorMap scale;  // of the epilogue, as its slope
   CUtensorMap slope;
@@ -162,7 +163,7 @@ __device__ __forceinline__ void Produce(const KernelParams& p, const Tiles& tile
         for (int stage = 0; stage < kStagesOfStep; ++stage) {
           if (is_own()) {
             const int4 step = {__shfl_sync(kAllLanes, window.x, i), __shfl_sync(kAllLanes, window.y, i),
-                               __shfl_sync(kAllLanes, window.z, i), 0};
+                               __shfl_sync(kAllLanes, window.z, i), __shfl_sync(kAllLanes, window.w, i)};
             ring.WaitEmpty();
             if (lane == 0) copy(tile, step, stage, ring);
             __syncwarp();
@@ -194,13 +195,24 @@ constexpr int StagesThatFit(int stage_bytes, int other_bytes) {
 // Where a 16-byte piece of a row of 128 bytes lies, swizzled as tensor copies do.
 __device__ __forceinline__ std::uint32_t Swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 
-// Fills in what both kernels need, all but w, capacity and stages.
+// x, copied for this many tokens at a time.
+template <typename T>
+TensorMapSpec XMapSpec(const MatmulParams& from, int tile_tokens) {
+  const auto extent = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
+  return {from.x,
+          kFactorMapType<T>,
+          sizeof(T),
+          extent(from.in_features),
+          extent(from.tokens),
+          extent(from.x_batch),
+          static_cast<std::uint32_t>(tile_tokens)};
+}
+
+// Fills in what both kernels need, all but x_halves, w, capacity and stages.
 template <typename T>
 cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* to) {
   const auto extent = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
-  cudaError_t error =
-      EncodeTensorMap(&to->x, {from.x, kFactorMapType<T>, sizeof(T), extent(from.in_features), extent(from.tokens),
-                               extent(from.x_batch), static_cast<std::uint32_t>(tile_tokens)});
+  cudaError_t error = EncodeTensorMap(&to->x, XMapSpec<T>(from, tile_tokens));
   if (error != cudaSuccess) return error;
   const TensorMapSpec y = {from.y,
                            from.f32_output ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : kFactorMapType<T>,

@@ -1,7 +1,8 @@
 // y = x W for blocks of 8, 16 and 32 on Hopper.
 //
 // A CTA computes a tile of tokens x features. Two warps copy, for each step of the tile's list, a chunk of x (tokens x
-// 64 depths) and all blocks of W that meet it, which packing has put next to each other, into a ring of stages. The
+// 64 depths), or halves of two, and all blocks of W that meet it, which packing has put next to each other, into a ring
+// of stages. Halves cost copies of rows of 64 bytes, which are slower, but then there are fewer of them. The
 // roles are swapped: 64 features, a warpgroup's share, are the instruction's M, tokens its N. The warpgroup gathers the
 // 64 x 16 piece of W^T that a product takes as A from the blocks that are there, into registers; what is absent is read
 // from a block of zeros. A piece without any block costs no product. So the tensor cores see the union of the 64
@@ -28,7 +29,8 @@ struct SmallTile {
   static constexpr int kThreads = kWarpgroups * 128 + kProducerThreads;
   static constexpr int kSliceFeatures = SliceFeatures(kBlock);
   static constexpr int kBlockBytes = kBlock * kBlock * sizeof(T);
-  static constexpr int kPartBytes = kTokens * kRowBytes;
+  static constexpr int kPartBytes = kTokens * kRowBytes, kHalfBytes = kTokens * kHalf * int{sizeof(T)};
+  static constexpr bool kPartIsHalf = kParts<T> == 2;  // else a part is a chunk, or two halves one after the other
   static constexpr int kXBytes = kParts<T> * kPartBytes;
   static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups, true>::kSharedBytes;
   static constexpr int kWordBytes = kWarpgroups * 128 * 8;  // of masks, for each thread that multiplies two
@@ -42,6 +44,8 @@ struct SmallTile {
   static_assert(kTokens * kWarpgroups <= 512, "the sums fit into registers");
   static_assert(kFullCapacity <= 256, "eight bits of a mask's first position");
   static_assert(kChunk == 64, "four bits of a mask are about 16 depths each");
+  static_assert(kChunk == 2 * kHalf && kHalf % std::max(16, kBlock) == 0, "a block is in one half");
+  static_assert(kHalfBytes % 1024 == 0, "swizzles begin with each half");
 
   // A chunk of x, the blocks that meet it, a block of zeros.
   static constexpr int StageBytes(int capacity) {
@@ -54,10 +58,12 @@ struct SmallTile {
 // Such words say:
 //   bits 0-15: the blocks present, by row of the chunk and, for blocks of 8, column of the slice
 //   bits 16-19: for each 16 depths, whether the group has any block there
-//   bits 20-: the position, among the blocks of the step, of the first of the slice
+//   bits 20-27: the position, among the blocks of the step, of the first of the slice
+//   bit 28: whether the halves of x are copied one by one
 // Whatever the plan says, the warps of a group take the same products and read in the stage.
 constexpr std::uint32_t kPresenceMask = 0xffff;
-constexpr int kDepthsShift = 16, kPositionShift = 20;
+constexpr int kDepthsShift = 16, kPositionShift = 20, kApartShift = 28;
+__device__ __forceinline__ int PositionOf(std::uint32_t own) { return own >> kPositionShift & 0xff; }
 
 // Bits 7*r to 7*r+6: the position of the block in row r of the chunk; an absent one is read from the block of zeros
 // that follows the last.
@@ -70,7 +76,7 @@ struct StepWord {
 
   static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, int capacity) {
     std::uint32_t word = 0;
-    int position = static_cast<int>(own >> kPositionShift);
+    int position = PositionOf(own);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const bool present = own >> row & 1;
@@ -97,8 +103,8 @@ struct StepWord {
 template <typename T>
 struct StepWord<T, 8> {
   static __device__ __forceinline__ std::uint32_t Make(std::uint32_t own, int capacity) {
-    const auto last = static_cast<std::uint32_t>(max(0, capacity - __popc(own & kPresenceMask)));
-    return (own & kPresenceMask) | min(own >> kPositionShift, last) << kPositionShift;
+    const int last = max(0, capacity - __popc(own & kPresenceMask));
+    return (own & kPresenceMask) | static_cast<std::uint32_t>(min(PositionOf(own), last)) << kPositionShift;
   }
 
   static __device__ __forceinline__ void Gather(bool is_to_be, std::uint32_t (&a)[4], std::uint32_t word, int depth,
@@ -124,7 +130,7 @@ struct StepWord<T, 8> {
   static __device__ __forceinline__ int OffsetOfLane(int, int lane) { return lane * 2 * sizeof(T); }
 };
 
-// Steps are (chunk, position of the first block, number of blocks, unused).
+// Steps are (first half of a chunk, position of the first block, number of blocks, second half).
 template <typename T, int kBlock, int kTileTokens, int kTileFeatures, bool kFuses>
 __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeatures>::kThreads, 1)
     MatmulSmallKernel(const __grid_constant__ KernelParams p) {
@@ -161,10 +167,13 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
       const int first = max(0, min(step.y, p.nnz));
       const int bytes = max(0, min(min(step.z, p.capacity), p.nnz - first)) * S::kBlockBytes;
       ArriveExpecting(ring.full(), S::kXBytes + bytes);
-#pragma unroll
-      for (int part = 0; part < kParts<T>; ++part) {
-        LoadTensor(to + part * S::kPartBytes, &p.x, step.x * kChunk + part * kRowElements<T>, tile.token,
-                   p.x_shared ? 0 : tile.batch, ring.full());
+      const int x_batch = p.x_shared ? 0 : tile.batch;
+      if (!S::kPartIsHalf && step.x % 2 == 0 && step.w == step.x + 1) {
+        LoadTensor(to, &p.x, step.x * kHalf, tile.token, x_batch, ring.full());
+      } else {
+        const CUtensorMap* halves = S::kPartIsHalf ? &p.x : &p.x_halves;
+        LoadTensor(to, halves, step.x * kHalf, tile.token, x_batch, ring.full());
+        LoadTensor(to + S::kHalfBytes, halves, step.w * kHalf, tile.token, x_batch, ring.full());
       }
       if (bytes == 0) return;
       const std::int64_t block = static_cast<std::int64_t>(p.w_shared ? 0 : tile.batch) * p.nnz + first;
@@ -209,7 +218,8 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
       std::uint32_t window = 0;  // the words of 32 steps, one in each lane
       // For each 16 depths a bit for each of these steps: whether the group has any block there.
       std::uint32_t occupied[kChunk / 16] = {};
-      std::uint32_t held = 0;  // the barrier of the stage that products under way still read, if any
+      std::uint32_t apart = 0;  // for each of these steps, whether the halves of x are
+      std::uint32_t held = 0;   // the barrier of the stage that products under way still read, if any
       const auto finish = [&] {
         WaitForProducts<0>();
         if (held != 0) release(held);
@@ -228,6 +238,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
             for (int k = 0; k < kChunk / 16; ++k) {
               occupied[k] = __ballot_sync(kAllLanes, next.y >> (kDepthsShift + k) & 1);
             }
+            if constexpr (!S::kPartIsHalf) apart = __ballot_sync(kAllLanes, next.y >> kApartShift & 1);
             i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
           }
           if (!ring.IsFull()) {
@@ -261,6 +272,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
           KeepRegisters(a);
         }
         const std::uint32_t stage = stages + ring.stage() * stage_bytes;
+        const bool is_apart = apart >> i % 32 & 1;
 #pragma unroll
         for (int k = 0; k < kProducts; ++k) {
           Word::Gather(takes[k], a[k], word, first + k * kDepth<T>, stage + lane_blocks);
@@ -276,13 +288,19 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
           ring.Advance();
           ++i;
         }
-        const std::uint64_t tokens = OperandDescriptor(stage + part * S::kPartBytes);
+        const std::uint32_t x = stage + part * S::kPartBytes;
+        const std::uint64_t tokens = is_apart ? OperandDescriptor<kRowBytes / 2>(x) : OperandDescriptor(x);
+        constexpr int kTogether = kHalf / kDepth<T> * kDepthStepKMajor, kApart = S::kHalfBytes >> 4;
+        const int second_half = is_apart ? kApart - kTogether : 0;
 #pragma unroll
         for (int k = 0; k < kProducts; k += S::kRun) {
           if (!takes[k]) continue;
           FenceProducts();
 #pragma unroll
-          for (int r = k; r < k + S::kRun; ++r) MultiplyRegisters<T>(sum, a[r], tokens + r * kDepthStepKMajor);
+          for (int r = k; r < k + S::kRun; ++r) {
+            const bool is_second = r * kDepth<T> >= kHalf;
+            MultiplyRegisters<T>(sum, a[r], tokens + r * kDepthStepKMajor + (is_second ? second_half : 0));
+          }
           CommitProducts();
         }
       };
@@ -331,6 +349,11 @@ cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
   if (params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) return cudaErrorInvalidValue;
   KernelParams p;
   if (const cudaError_t error = FillParams<T>(params, S::kTokens, &p); error != cudaSuccess) return error;
+  if constexpr (!S::kPartIsHalf) {
+    TensorMapSpec halves = XMapSpec<T>(params, S::kTokens);
+    halves.box_row_bytes = kHalf * sizeof(T);
+    if (const cudaError_t error = EncodeTensorMap(&p.x_halves, halves); error != cudaSuccess) return error;
+  }
   const int stage_bytes = S::StageBytes(params.capacity);
   p.packed = params.data;
   p.capacity = params.capacity;

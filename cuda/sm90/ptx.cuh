@@ -198,9 +198,12 @@ __device__ __forceinline__ float2 Unpack(std::uint32_t pair) {
 // 1024 bytes. Both meanings of the rows use it: rows of depths, one for each m or n ("K-major"), and, of 16-bit
 // elements, rows of 64 m, one for each depth ("MN-major"; A of at most 64 m only, because no second group of 64 is
 // described).
+template <int kBytesOfRow = kRowBytes>
 __device__ __forceinline__ std::uint64_t OperandDescriptor(std::uint32_t address) {
-  constexpr std::uint32_t kSwizzle128 = 1u << 30, kGroupStride = 1024 >> 4, kUnusedStride = 1u << 16;
-  return std::uint64_t{kSwizzle128 | kGroupStride} << 32 | kUnusedStride | (address & 0x3ffff) >> 4;
+  static_assert(kBytesOfRow == 64 || kBytesOfRow == 128, "as many bytes as a swizzle is over");
+  constexpr std::uint32_t kSwizzle = kBytesOfRow == 64 ? 2u << 30 : 1u << 30;
+  constexpr std::uint32_t kGroupStride = 8 * kBytesOfRow >> 4, kUnusedStride = 1u << 16;
+  return std::uint64_t{kSwizzle | kGroupStride} << 32 | kUnusedStride | (address & 0x3ffff) >> 4;
 }
 
 // What the next product along the depths adds to a descriptor.

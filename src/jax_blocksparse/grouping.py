@@ -27,7 +27,7 @@ def pair_up(met: jax.Array, xp: ModuleType) -> jax.Array:
     more or less than others: tiles of like work keep step, and find in L2 what they share.
 
     Args:
-      met: (groups, chunks) bool, where a group has blocks; an even number of groups.
+      met: (groups, parts) bool, where a group has blocks; an even number of groups.
       xp: `numpy` or `jax.numpy`.
 
     Returns:
@@ -101,9 +101,9 @@ class Arrangement(NamedTuple):
 def arrange(
     xp: ModuleType,
     group: jax.Array,
-    chunk: jax.Array,
+    part: jax.Array,
     live: jax.Array,
-    extents: tuple[int, int, int],
+    extents: tuple[int, int, int, int],
     *,
     stays: bool = False,
 ) -> Arrangement:
@@ -112,23 +112,23 @@ def arrange(
     Args:
       xp: `numpy` or `jax.numpy`.
       group: of each piece of the pattern, the group of output features.
-      chunk: of each piece, the chunk of input features.
+      part: of each piece, the part of the input features: the chunk, or half of it.
       live: whether the piece is there.
-      extents: the number of tiles, of the groups of a tile, which is a power of two, and of chunks.
+      extents: the number of tiles, of the groups of a tile, which is a power of two, of chunks, and of parts of one.
       stays: whether groups stay in order, as they do where there are too many.
     """
-    tiles, per_tile, chunks = extents
+    tiles, per_tile, chunks, parts = extents
     count = tiles * per_tile
     groups = xp.arange(count)[:, None]  # what is together so far, a row each
-    cell = xp.where(live, group * chunks + chunk, count * chunks)
-    met = count_at(xp, cell.ravel(), count * chunks).reshape(count, chunks) > 0
+    cell = xp.where(live, group * chunks * parts + part, count * chunks * parts)
+    met = count_at(xp, cell.ravel(), count * chunks * parts).reshape(count, -1) > 0
     if not stays and count <= MOST_GROUPS:
         while groups.shape[1] < per_tile:
             order = pair_up(met, xp)
             groups = groups[order].reshape(-1, groups.shape[1] * 2)
             met = met[order].reshape(groups.shape[0], 2, -1).any(1)
     place = xp.argsort(groups.ravel()).astype(np.int32)
-    met = met.reshape(tiles, -1, chunks).any(1)
+    met = met.reshape(tiles, -1, chunks, parts).any((1, 3))
     first = met.argmax(1).astype(np.int32)
     extent = chunks - met[:, ::-1].argmax(1).astype(np.int32) - first
     modulus = xp.where(2 * met.sum(1) > extent, extent, chunks)

@@ -15,7 +15,7 @@ from jax_blocksparse import _native, epilogues, reference, sddmm_layout
 from jax_blocksparse.activations import ACTIVATIONS
 from jax_blocksparse.epilogues import matmul_act_p, matmul_scaled_p, scaled_matmul_p
 from jax_blocksparse.pattern import INDEX_NAMES
-from jax_blocksparse.plan import choose_layout
+from jax_blocksparse.plan_layout import choose_layout
 from jax_blocksparse.primitives import matmul_p, sddmm_p
 
 DISABLED_EXPORT_CHECKS = (

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_blocksparse import plan, sddmm_layout, sddmm_plan
+from jax_blocksparse import plan, plan_layout, sddmm_layout, sddmm_plan
 from jax_blocksparse.arrays import flat_size, order_by
 from jax_blocksparse.geometry import block_grid, check_block_size, check_geometry, is_live
-from jax_blocksparse.plan import PlanLayout
+from jax_blocksparse.plan_layout import PlanLayout
 from jax_blocksparse.sddmm_layout import SddmmLayout
 
 INDEX_NAMES = ("rows", "cols", "col_ptr", "col_order", "row_ptr", "row_order", "y_plan", "dx_plan", "dw_plan")
@@ -273,8 +273,8 @@ def _orders(xp: ModuleType, rows: jax.Array, cols: jax.Array, grid: tuple[int, i
 def _layouts(shape: tuple[int, int], block_size: int, nnz: int) -> tuple[PlanLayout, PlanLayout, SddmmLayout]:
     """The layouts of y_plan, dx_plan and dw_plan."""
     return (
-        plan.choose_layout(*shape, block_size, nnz),
-        plan.choose_layout(*shape[::-1], block_size, nnz),
+        plan_layout.choose_layout(*shape, block_size, nnz),
+        plan_layout.choose_layout(*shape[::-1], block_size, nnz),
         sddmm_layout.choose_layout(*shape, block_size, nnz),
     )
 

@@ -1,165 +1,25 @@
 """Plans: the lists that tell the Hopper kernels of y = x W what to copy and what to multiply, step by step.
 
 Output features are cut into groups of 64, input features into chunks of 64. A tile is two or four groups that meet much
-the same chunks. A step is a chunk in which a tile has blocks, with as many of them as a stage of shared memory holds; a
-tile's steps follow each other. Everything is static in size, so that a plan can be made by NumPy on the host or by
-jax.numpy under jit. For x W^T, make the plan of the transposed pattern.
+the same input features. A step is a chunk in which a tile has blocks, with as many of them as a stage of shared memory
+holds; for blocks of 8 to 32, where it has blocks in one half of a chunk only, two such halves. A tile's steps follow
+each other. Everything is static in size, so that a plan can be made by NumPy on the host or by jax.numpy under jit. For
+x W^T, make the plan of the transposed pattern.
 """
 
-import dataclasses
 import functools
-import math
 import operator
 from types import ModuleType
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jax_blocksparse.arrays import count_at, flatten, order_by, sum_at
-from jax_blocksparse.geometry import block_grid, is_live
+from jax_blocksparse.arrays import count_at, flatten, last_flagged, order_by, sum_at
+from jax_blocksparse.geometry import is_live
 from jax_blocksparse.grouping import Arrangement, arrange
-
-CHUNK = 64
-"""Input features in a step."""
-
-GROUP = 64
-"""Output features in a group: those of one product of the tensor cores."""
+from jax_blocksparse.plan_layout import CHUNK, GROUP, HALF, Plan, PlanLayout
 
 _DEPTH = 16  # input features of one product
-_LARGE_TILE = 128  # output features of a tile of large blocks, so that those of a block of 128 are together
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanLayout:
-    """What is static about a plan.
-
-    Attributes:
-      in_features: features contracted over.
-      out_features: features of the result.
-      block_size: one of `jax_blocksparse.BLOCK_SIZES`.
-      nnz: number of blocks, inert ones included.
-      tile_features: output features of a tile. The kernels take 256 for blocks of 16 and 32, else 128.
-      capacity: the most blocks a step may have, for blocks of 8 to 32: what a stage of shared memory is made for. A
-        chunk with more takes several steps.
-    """
-
-    in_features: int
-    out_features: int
-    block_size: int
-    nnz: int
-    tile_features: int
-    capacity: int
-
-    @property
-    def packs(self) -> bool:
-        """Whether the kernel takes the blocks in the plan's order; else it fetches each by its id."""
-        return self.block_size < CHUNK
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Block rows and block columns."""
-        return block_grid((self.in_features, self.out_features), self.block_size)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of output features."""
-        return -(-self.out_features // self.tile_features)
-
-    @property
-    def groups(self) -> int:
-        """Groups of a tile."""
-        return self.tile_features // GROUP
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of input features."""
-        return -(-self.in_features // CHUNK)
-
-    @property
-    def slice_features(self) -> int:
-        """Output features that a word of the masks is about."""
-        return max(16, self.block_size)
-
-    @property
-    def slices(self) -> int:
-        """Slices of a tile."""
-        return self.tile_features // self.slice_features if self.packs else 0
-
-    @property
-    def max_steps(self) -> int:
-        """The most steps that all tiles together can have."""
-        chunks_met = self.nnz * max(1, self.block_size // CHUNK)
-        split = self.nnz // self.capacity if self.packs else 0
-        return min(self.tiles * self.chunks, chunks_met) + split
-
-    @property
-    def shapes(self) -> "Plan":
-        """The shapes of the lists."""
-        return Plan(
-            tiles=(self.tiles, 4),
-            steps=(self.max_steps, 4),
-            masks=(self.slices, self.max_steps),
-            order=(self.nnz if self.packs else 0,),
-        )
-
-
-class Plan(NamedTuple):
-    """The lists, all int32.
-
-    Attributes:
-      tiles: (tiles, 4). Per tile, those with most work first: its first two groups, 16 bits each, its first step, how
-        many it has, the other two groups.
-      steps: (max_steps, 4). Blocks of 8 to 32: chunk, position in `order` of the first block, number of blocks, 0.
-        Blocks of 64 and 128: chunk, id of the block that meets the tile's first group, id for the other one (negative
-        where there is none), 0.
-      masks: (slices, max_steps), see `_masks`; none for blocks of 64 and 128.
-      order: (nnz,) block ids in the order in which the kernel wants their values, inert ones last; (0,) for blocks of
-        64 and 128, which it takes in any order.
-    """
-
-    tiles: jax.Array
-    steps: jax.Array
-    masks: jax.Array
-    order: jax.Array
-
-
-_THIRD_STAGE = 6
-"""Blocks of 32 to a step that leave room for a third stage of float32; worth a seventh at density .25."""
-
-
-def full_capacity(block_size: int, tile_features: int) -> int:
-    """The number of blocks in which a tile meets a chunk."""
-    return tile_features * CHUNK // block_size**2
-
-
-def choose_capacity(block_size: int, tile_features: int, density: float) -> int:
-    """A capacity that few steps of a random pattern of this density exceed, and that shared memory is not wasted on."""
-    full = full_capacity(block_size, tile_features)
-    density = min(1.0, density)  # inert and repeated blocks can make it more
-    expected = full * density
-    deviation = math.sqrt(expected * (1 - density))
-    likely = math.ceil(expected + 2.5 * deviation)
-    if block_size == 32 and expected + deviation <= _THIRD_STAGE:
-        likely = min(likely, _THIRD_STAGE)
-    least = full_capacity(block_size, max(16, block_size))  # the kernels want room for what one mask names
-    return min(full, max(least, likely))
-
-
-def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int) -> PlanLayout:
-    """Chooses tile and capacity by what is static.
-
-    Example:
-      >>> layout = choose_layout(4096, 4096, 16, nnz=6554)
-      >>> layout.tile_features, layout.capacity, layout.max_steps
-      (256, 13, 1528)
-    """
-    density = nnz * block_size**2 / (in_features * out_features)
-    # Wide tiles of features copy x less often. Blocks of 8 are bound by products, which are longer over more tokens.
-    wide = block_size in (16, 32)
-    tile_features = 256 if wide else _LARGE_TILE
-    capacity = choose_capacity(block_size, tile_features, density) if block_size < CHUNK else 1
-    return PlanLayout(in_features, out_features, block_size, nnz, tile_features, capacity)
 
 
 def make_flat_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: ModuleType) -> jax.Array:
@@ -206,14 +66,15 @@ def _make_packed(
     rows: jax.Array, cols: jax.Array, live: jax.Array, layout: PlanLayout, xp: ModuleType
 ) -> tuple[jax.Array, ...]:
     b, tile_features, slices, size = layout.block_size, layout.tile_features, layout.slices, layout.max_steps
-    in_slice = layout.slice_features // b  # block columns of a slice
+    in_slice, in_half = layout.slice_features // b, HALF // b  # block columns of a slice, block rows of a half
     cells = layout.tiles * layout.chunks
-    group, chunk = xp.where(live, cols * b // GROUP, 0), rows * b // CHUNK
-    arranged = arrange(xp, group, chunk, live, (layout.tiles, layout.groups, layout.chunks))
+    group, half = xp.where(live, cols * b // GROUP, 0), rows * b // HALF
+    arranged = arrange(xp, group, half, live, (layout.tiles, layout.groups, layout.chunks, 2))
     tile = arranged.tile[group]
-    cell = xp.where(live, tile * layout.chunks + arranged.turn_of(tile, chunk), cells)
+    cell = xp.where(live, tile * layout.chunks + arranged.turn_of(tile, half // 2), cells)
+    cell, side, halves = _join_halves(xp, cell, half, arranged, layout)
     slice_ = arranged.place[group] * (GROUP // layout.slice_features) + cols * b % GROUP // layout.slice_features
-    bit = rows % (CHUNK // b) * in_slice + cols % in_slice
+    bit = (side * in_half + rows % in_half) * in_slice + cols % in_slice
 
     order = order_by(xp, cell, slice_ * 16 + bit, slices * 16)
     cell, slice_, bit = cell[order], slice_[order], bit[order]
@@ -228,7 +89,9 @@ def _make_packed(
     blocks = count_at(xp, step, size)
     cell, position = (sum_at(xp, opened, value, size) for value in (cell, position))
     tile = cell // layout.chunks
-    steps = xp.stack([arranged.chunk_at(tile, cell % layout.chunks), position, blocks, xp.zeros_like(blocks)], -1)
+    first, second = halves[cell, 0], halves[cell, 1]
+    steps = xp.stack([first, position, blocks, second], -1)
+    apart = (first % 2 != 0) | (second != first + 1)
 
     word = xp.where(step < size, step * slices + slice_, size * slices)
     present = sum_at(xp, word, 1 << bit, size * slices).reshape(size, slices)
@@ -237,15 +100,46 @@ def _make_packed(
     # The bytes to copy, with x as a tile of 2^15 sums has it.
     work = xp.where(blocks > 0, 2**15 // tile_features * CHUNK, 0) + blocks * b**2
     tiles = _sort_tiles(xp, xp.where(blocks > 0, tile, layout.tiles), work, arranged, layout)
-    return tiles, steps, _masks(xp, present, counts, layout).T, order
+    return tiles, steps, _masks(xp, present, counts, apart, layout).T, order
 
 
-def _masks(xp: ModuleType, present: jax.Array, counts: jax.Array, layout: PlanLayout) -> jax.Array:
+def _join_halves(
+    xp: ModuleType, cell: jax.Array, half: jax.Array, arranged: Arrangement, layout: PlanLayout
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Puts halves of chunks into steps.
+
+    Args:
+      xp: `numpy` or `jax.numpy`.
+      cell: of each block, where its tile and chunk are in the order of steps; tiles * chunks for inert ones.
+      half: of each block, the half of a chunk.
+      arranged: the order of the chunks of each tile.
+      layout: what is static.
+
+    Returns:
+      Of each block, the cell and the side of its half in the step; (cells, 2) the halves of each cell's step, or -1.
+    """
+    cells, sides = layout.tiles * layout.chunks, xp.arange(2)
+    met = count_at(xp, xp.where(cell < cells, cell * 2 + half % 2, cells * 2), cells * 2).reshape(-1, 2) > 0
+    is_alone = met.sum(-1) == 1
+    rank = (xp.cumsum(is_alone.reshape(layout.tiles, -1), -1) - 1).ravel()  # among those of the tile
+    joins = is_alone & (rank % 2 == 1)  # the one before
+    here = xp.arange(cells)
+    home = xp.where(joins, last_flagged(xp, is_alone & ~joins), here)
+    side = xp.where(is_alone[:, None], rank[:, None] % 2, sides)  # of each half of a chunk
+    number = arranged.chunk_at(here // layout.chunks, here % layout.chunks)[:, None] * 2 + sides
+    place = xp.where(met, home[:, None] * 2 + side, cells * 2)
+    halves = sum_at(xp, place.ravel(), number.ravel() + 1, cells * 2).reshape(-1, 2) - 1
+    home, side = xp.append(home, cells), xp.pad(side, ((0, 1), (0, 0)))
+    return home[cell], side[cell, half % 2], halves
+
+
+def _masks(xp: ModuleType, present: jax.Array, counts: jax.Array, apart: jax.Array, layout: PlanLayout) -> jax.Array:
     """Makes a word for each step and slice.
 
     * bits 0 to 15: the blocks present, bit row * (block columns of a slice) + column
     * bits 16 to 19: for each 16 input features, whether the 64 features that the slice belongs to have any block there
-    * bits 20 up: the position, among the blocks of the step, of the first one of the slice
+    * bits 20 to 27: the position, among the blocks of the step, of the first one of the slice
+    * bit 28: whether the step's halves are not those of one chunk
     """
     b = layout.block_size
     in_slice = layout.slice_features // b
@@ -257,7 +151,7 @@ def _masks(xp: ModuleType, present: jax.Array, counts: jax.Array, layout: PlanLa
         occupied = anywhere >> (depth * _DEPTH // b * in_slice) & ((1 << bits) - 1)
         groups = groups | (occupied != 0) << depth
     groups = xp.repeat(groups, in_group, axis=-1)
-    return present | groups << 16 | (xp.cumsum(counts, -1) - counts) << 20
+    return present | groups << 16 | (xp.cumsum(counts, -1) - counts) << 20 | apart[:, None] << 28
 
 
 def _make_by_id(
@@ -270,7 +164,7 @@ def _make_by_id(
     per_tile, cells, size = layout.groups, layout.tiles * layout.chunks, layout.max_steps
     live = live[:, None, None] & (chunk < layout.chunks)
     group = xp.where(live, group, 0)
-    arranged = arrange(xp, group, chunk, live, (layout.tiles, per_tile, layout.chunks), stays=pieces > 1)
+    arranged = arrange(xp, group, chunk, live, (layout.tiles, per_tile, layout.chunks, 1), stays=pieces > 1)
     tile, place = arranged.tile[group], arranged.place[group]
     cell = tile * layout.chunks + arranged.turn_of(tile, chunk)
     place = xp.where(live, cell * per_tile + place, cells * per_tile)
