@@ -30,7 +30,9 @@ struct SmallTile {
   static constexpr int kSliceFeatures = SliceFeatures(kBlock);
   static constexpr int kBlockBytes = kBlock * kBlock * sizeof(T);
   static constexpr int kPartBytes = kTokens * kRowBytes, kHalfBytes = kTokens * kHalf * int{sizeof(T)};
-  static constexpr bool kPartIsHalf = kParts<T> == 2;  // else a part is a chunk, or two halves one after the other
+  static constexpr bool kPartIsHalf = kParts<T> == 2;  // else it is a chunk
+  // Whether a part can be two halves one after the other. With blocks of 8, a tile meets both halves of most chunks.
+  static constexpr bool kJoinsHalves = !kPartIsHalf && kBlock > 8;
   static constexpr int kXBytes = kParts<T> * kPartBytes;
   static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups, true>::kSharedBytes;
   static constexpr int kWordBytes = kWarpgroups * 128 * 8;  // of masks, for each thread that multiplies two
@@ -168,7 +170,8 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
       const int bytes = max(0, min(min(step.z, p.capacity), p.nnz - first)) * S::kBlockBytes;
       ArriveExpecting(ring.full(), S::kXBytes + bytes);
       const int x_batch = p.x_shared ? 0 : tile.batch;
-      if (!S::kPartIsHalf && step.x % 2 == 0 && step.w == step.x + 1) {
+      const bool is_chunk = !S::kJoinsHalves || (step.x % 2 == 0 && step.w == step.x + 1);
+      if (!S::kPartIsHalf && is_chunk) {
         LoadTensor(to, &p.x, step.x * kHalf, tile.token, x_batch, ring.full());
       } else {
         const CUtensorMap* halves = S::kPartIsHalf ? &p.x : &p.x_halves;
@@ -238,7 +241,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
             for (int k = 0; k < kChunk / 16; ++k) {
               occupied[k] = __ballot_sync(kAllLanes, next.y >> (kDepthsShift + k) & 1);
             }
-            if constexpr (!S::kPartIsHalf) apart = __ballot_sync(kAllLanes, next.y >> kApartShift & 1);
+            if constexpr (S::kJoinsHalves) apart = __ballot_sync(kAllLanes, next.y >> kApartShift & 1);
             i + 32 < tile.steps ? load(tile, i + 32) : load(following, 0);
           }
           if (!ring.IsFull()) {
@@ -349,7 +352,7 @@ cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
   if (params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) return cudaErrorInvalidValue;
   KernelParams p;
   if (const cudaError_t error = FillParams<T>(params, S::kTokens, &p); error != cudaSuccess) return error;
-  if constexpr (!S::kPartIsHalf) {
+  if constexpr (S::kJoinsHalves) {
     TensorMapSpec halves = XMapSpec<T>(params, S::kTokens);
     halves.box_row_bytes = kHalf * sizeof(T);
     if (const cudaError_t error = EncodeTensorMap(&p.x_halves, halves); error != cudaSuccess) return error;

@@ -402,8 +402,9 @@ constexpr int kWaveCtas = 132;  // one for each SM of an H100
 // read what they share from memory. With units of 64 that costs more than it takes to let a wave end before the next
 // begins.
 inline std::int64_t MostCtas(const SddmmParams& params) {
-  constexpr int kManyTokens = 4096;  // that take tens of microseconds
-  const bool in_waves = params.unit == 64 && params.tokens >= kManyTokens;
+  constexpr int kManyTokens = 4096;          // that take tens of microseconds
+  constexpr int kInOneWave = 8 * kWaveCtas;  // units: plans have room for more tiles than most patterns fill
+  const bool in_waves = params.unit == 64 && params.tokens >= kManyTokens && params.plan_units > kInOneWave;
   return in_waves ? kWaveCtas : std::numeric_limits<int>::max();
 }
 

@@ -2,7 +2,7 @@
 
 Output features are cut into groups of 64, input features into chunks of 64. A tile is two or four groups that meet much
 the same input features. A step is a chunk in which a tile has blocks, with as many of them as a stage of shared memory
-holds; for blocks of 8 to 32, where it has blocks in one half of a chunk only, two such halves. A tile's steps follow
+holds; for blocks of 16 and 32, where it has blocks in one half of a chunk only, two such halves. A tile's steps follow
 each other. Everything is static in size, so that a plan can be made by NumPy on the host or by jax.numpy under jit. For
 x W^T, make the plan of the transposed pattern.
 """
@@ -120,6 +120,8 @@ def _join_halves(
     """
     cells, sides = layout.tiles * layout.chunks, xp.arange(2)
     met = count_at(xp, xp.where(cell < cells, cell * 2 + half % 2, cells * 2), cells * 2).reshape(-1, 2) > 0
+    if not layout.joins_halves:
+        met = xp.ones_like(met)
     is_alone = met.sum(-1) == 1
     rank = (xp.cumsum(is_alone.reshape(layout.tiles, -1), -1) - 1).ravel()  # among those of the tile
     joins = is_alone & (rank % 2 == 1)  # the one before

@@ -77,6 +77,11 @@ class PlanLayout:
         return self.tile_features // self.slice_features if self.packs else 0
 
     @property
+    def joins_halves(self) -> bool:
+        """Whether a step can have halves of two chunks. With blocks of 8, a tile meets both halves of most chunks."""
+        return 8 < self.block_size < CHUNK
+
+    @property
     def max_steps(self) -> int:
         """The most steps that all tiles together can have."""
         chunks_met = self.nnz * max(1, self.block_size // CHUNK)
