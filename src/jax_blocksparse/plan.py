@@ -54,7 +54,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: PlanLayout, xp: ModuleTy
       >>> layout = PlanLayout(128, 256, block_size=32, nnz=3, tile_features=256, capacity=16)
       >>> plan = make_plan(np.array([3, 0, 2]), np.array([1, 7, 0]), layout, np)
       >>> plan.order.tolist(), plan.steps.tolist()
-      ([1, 2, 0], [[0, 0, 1, 0], [1, 1, 2, 0]])
+      ([1, 2, 0], [[0, 0, 1, -1], [2, 1, 2, 3]])
     """
     live = is_live(rows, cols, layout.grid)
     make = _make_packed if layout.packs else _make_by_id
