@@ -71,8 +71,9 @@ def _make_packed(
     group, half = xp.where(live, cols * b // GROUP, 0), rows * b // HALF
     arranged = arrange(xp, group, half, live, (layout.tiles, layout.groups, layout.chunks, 2))
     tile = arranged.tile[group]
-    cell = xp.where(live, tile * layout.chunks + arranged.turn_of(tile, half // 2), cells)
-    cell, side, halves = _join_halves(xp, cell, half, arranged, layout)
+    place = (tile * layout.chunks + arranged.turn_of(tile, half // 2)) * 2 + half % 2
+    place, halves = _join_halves(xp, xp.where(live, place, cells * 2), arranged, layout)
+    cell, side = place // 2, place % 2
     slice_ = arranged.place[group] * (GROUP // layout.slice_features) + cols * b % GROUP // layout.slice_features
     bit = (side * in_half + rows % in_half) * in_slice + cols % in_slice
 
@@ -94,8 +95,8 @@ def _make_packed(
     apart = (first % 2 != 0) | (second != first + 1)
 
     word = xp.where(step < size, step * slices + slice_, size * slices)
-    present = sum_at(xp, word, 1 << bit, size * slices).reshape(size, slices)
-    counts = count_at(xp, word, size * slices).reshape(size, slices)
+    words = sum_at(xp, word, (1 << bit) + (1 << 16), size * slices).reshape(size, slices)
+    present, counts = words & 0xFFFF, words >> 16
 
     # The bytes to copy, with x as a tile of 2^15 sums has it.
     work = xp.where(blocks > 0, 2**15 // tile_features * CHUNK, 0) + blocks * b**2
@@ -104,22 +105,21 @@ def _make_packed(
 
 
 def _join_halves(
-    xp: ModuleType, cell: jax.Array, half: jax.Array, arranged: Arrangement, layout: PlanLayout
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    xp: ModuleType, place: jax.Array, arranged: Arrangement, layout: PlanLayout
+) -> tuple[jax.Array, jax.Array]:
     """Puts halves of chunks into steps.
 
     Args:
       xp: `numpy` or `jax.numpy`.
-      cell: of each block, where its tile and chunk are in the order of steps; tiles * chunks for inert ones.
-      half: of each block, the half of a chunk.
+      place: of each block, which half of all tiles' chunks it is in, in the order of steps; beyond all for inert ones.
       arranged: the order of the chunks of each tile.
       layout: what is static.
 
     Returns:
-      Of each block, the cell and the side of its half in the step; (cells, 2) the halves of each cell's step, or -1.
+      Of each block, twice its chunk-sized step and which half of that it is in; (steps, 2) the halves of each, or -1.
     """
     cells, sides = layout.tiles * layout.chunks, xp.arange(2)
-    met = count_at(xp, xp.where(cell < cells, cell * 2 + half % 2, cells * 2), cells * 2).reshape(-1, 2) > 0
+    met = count_at(xp, place, cells * 2).reshape(-1, 2) > 0
     if not layout.joins_halves:
         met = xp.ones_like(met)
     is_alone = met.sum(-1) == 1
@@ -127,12 +127,11 @@ def _join_halves(
     joins = is_alone & (rank % 2 == 1)  # the one before
     here = xp.arange(cells)
     home = xp.where(joins, last_flagged(xp, is_alone & ~joins), here)
-    side = xp.where(is_alone[:, None], rank[:, None] % 2, sides)  # of each half of a chunk
+    side = xp.where(is_alone[:, None], rank[:, None] % 2, sides)
+    new_place = (home[:, None] * 2 + side).ravel()
     number = arranged.chunk_at(here // layout.chunks, here % layout.chunks)[:, None] * 2 + sides
-    place = xp.where(met, home[:, None] * 2 + side, cells * 2)
-    halves = sum_at(xp, place.ravel(), number.ravel() + 1, cells * 2).reshape(-1, 2) - 1
-    home, side = xp.append(home, cells), xp.pad(side, ((0, 1), (0, 0)))
-    return home[cell], side[cell, half % 2], halves
+    halves = sum_at(xp, xp.where(met.ravel(), new_place, cells * 2), number.ravel() + 1, cells * 2).reshape(-1, 2) - 1
+    return xp.pad(new_place, (0, 1), constant_values=cells * 2)[place], halves
 
 
 def _masks(xp: ModuleType, present: jax.Array, counts: jax.Array, apart: jax.Array, layout: PlanLayout) -> jax.Array:

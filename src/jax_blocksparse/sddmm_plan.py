@@ -13,7 +13,7 @@ from types import ModuleType
 import jax
 import numpy as np
 
-from jax_blocksparse.arrays import changes, flatten, last_flagged, order_by, put_at, sum_at
+from jax_blocksparse.arrays import changes, count_at, count_up_to, flatten, last_flagged, order_by, put_at, sum_at
 from jax_blocksparse.geometry import is_live
 from jax_blocksparse.sddmm_layout import SddmmLayout, SddmmPlan
 
@@ -74,7 +74,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     tile = xp.where(live, xp.cumsum(new_tile) - 1, layout.tiles)
     slot = number - number[last_flagged(xp, new_tile)]
 
-    first = xp.searchsorted(tile, xp.arange(layout.tiles + 1))
+    first = xp.pad(xp.cumsum(count_at(xp, tile, layout.tiles)), (1, 0))
     first_unit = xp.concatenate([xp.zeros(1, number.dtype), xp.cumsum(new_unit)])[first]
     first_strip = xp.concatenate([strip, xp.zeros(1, strip.dtype)])[first]
 
@@ -150,30 +150,45 @@ def _even_tiles(
     ends_of_strips = xp.pad(xp.cumsum(pieces_of_strip), (1, 0))
     index = xp.arange(pieces)
     exists = index < ends_of_strips[-1]
-    starts = exists & changes(xp, strip_of_piece)
 
     # Where the tile that begins with a piece ends at the latest.
     cost = units + layout.slab_cost * slabs
     last_cost, last_units, last_slab = xp.cumsum(cost), xp.cumsum(units), xp.cumsum(slabs)
     cost_before = last_cost - cost - layout.slab_cost * (1 - slabs)  # the slab of a row that began earlier counts again
-    full = xp.searchsorted(last_units, last_units - units + layout.capacity, side="right")
-    full = xp.minimum(full, xp.searchsorted(last_slab, last_slab + most_slabs - 1, side="right"))
+    most_cost = layout.max_units + layout.slab_cost * pieces
+    up_to_cost = count_up_to(xp, last_cost, most_cost + 1)
+    up_to_units = count_up_to(xp, last_units, layout.max_units + 1)
+    up_to_slab = count_up_to(xp, last_slab, pieces + 1)
+    full = up_to_units[xp.minimum(last_units - units + layout.capacity, layout.max_units)]
+    full = xp.minimum(full, up_to_slab[xp.minimum(last_slab + most_slabs - 1, pieces)])
     full = xp.minimum(full, ends_of_strips[1:][strip_of_piece])
     if layout.crosses_strips:  # half of the product warps have those of either column
-        half, end_of_column = layout.capacity // 2, xp.searchsorted(last_slab, last_slab, side="right")
+        half, end_of_column = layout.capacity // 2, up_to_slab[last_slab]
         full = xp.minimum(full, end_of_column + xp.where(end_of_column - index > half, 0, half))
 
-    def begins(sizes: jax.Array, most: int) -> jax.Array:
-        """For rows of sizes, the same for all pieces or one for each; of each strip at least the first `most` tiles."""
-        tries = sizes.shape[0]
-        ends = xp.minimum(xp.searchsorted(last_cost, cost_before + sizes, side="right"), full)
-        ends = xp.pad(xp.where(exists, xp.maximum(ends, index + 1), pieces), ((0, 0), (0, 1)), constant_values=pieces)
-        ends = (ends + xp.arange(tries)[:, None] * (pieces + 1)).ravel()
-        flags = xp.tile(xp.pad(starts, (0, 1)), tries)
-        for _ in range(most.bit_length()):  # each time twice as many tiles
-            flags = flags | (put_at(xp, xp.where(flags, ends, flags.size), xp.ones_like(ends), flags.size) > 0)
-            ends = ends[ends]
-        return flags.reshape(tries, pieces + 1)[:, :pieces] & exists
+    def jumps(sizes: jax.Array, most: int) -> list[jax.Array]:
+        """From each piece to where the tile that begins with it ends, and 2, 4, 8, ... tiles later, `most` at least.
+
+        For rows of sizes, the same for all pieces or one for each; (rows, pieces + 1) each.
+        """
+        ends = xp.minimum(up_to_cost[xp.minimum(cost_before + sizes, most_cost)], full)
+        ends = xp.where(exists, xp.maximum(ends, index + 1), pieces)
+        tables = [xp.pad(ends, ((0, 0), (0, 1)), constant_values=pieces)]
+        for _ in range(most.bit_length() - 1):
+            tables.append(xp.take_along_axis(tables[-1], tables[-1], 1))
+        return tables
+
+    begin, end = ends_of_strips[:-1], ends_of_strips[1:]
+
+    def count(sizes: jax.Array, most: int) -> jax.Array:
+        """For rows of sizes the tiles of each strip, or more than `most` if there are more."""
+        at = xp.tile(begin, (sizes.shape[0], 1))
+        tiles = (at < end).astype(np.int32)
+        tables = jumps(sizes, most)
+        for i in reversed(range(len(tables))):
+            ahead = xp.take_along_axis(tables[i], at, 1)
+            tiles, at = tiles + xp.where(ahead < end, 1 << i, 0), xp.where(ahead < end, ahead, at)
+        return tiles
 
     # The least size that the target allows, found to an eighth, then to a 64th.
     tries = xp.arange(8)
@@ -181,23 +196,25 @@ def _even_tiles(
     fitting = xp.full_like(least, layout.max_size)
     for fraction in (8, 64):
         sizes = size + xp.maximum(1, least // fraction) * tries
-        fits = begins(sizes[:, None], layout.target).sum(1) <= layout.target
+        fits = count(sizes[:, None], layout.target).sum(1) <= layout.target
         first = xp.argmax(fits)
         fitting = xp.where(fits.any(), sizes[first], fitting)
         size = sizes[xp.where(fits.any(), xp.maximum(first - 1, 0), 7)]
 
     # For each strip the least that takes no more tiles.
-    def in_strips(flags: jax.Array) -> jax.Array:
-        total = xp.pad(xp.cumsum(flags, -1), ((0, 0), (1, 0)))
-        return xp.diff(total[:, ends_of_strips], axis=-1)
-
-    tiles = in_strips(begins(fitting[None, None], pieces))[0]
+    tiles = count(fitting[None, None], pieces)[0]
     cost_of_strip = xp.diff(xp.pad(last_cost, (1, 0))[ends_of_strips])
     least = xp.minimum(fitting, -(-cost_of_strip // xp.maximum(1, tiles)))
     sizes = least + -(-(fitting - least) * xp.arange(9)[:, None] // 8)
-    fits = in_strips(begins(sizes[:, strip_of_piece], pieces)) <= tiles
+    fits = count(sizes[:, strip_of_piece], pieces) <= tiles
     size = xp.take_along_axis(sizes, xp.argmax(fits, 0)[None], 0)[0]
-    return new_piece & begins(size[None, strip_of_piece], pieces)[0, piece]
+
+    # The first piece of each tile. Who goes on from a strip's last comes to those of the next.
+    number, at = xp.arange(layout.tiles)[:, None], begin
+    for i, table in enumerate(jumps(size[None, strip_of_piece], layout.tiles)):
+        at = xp.where(number >> i & 1, table[0][at], at)
+    begins = put_at(xp, at.ravel(), xp.ones_like(at.ravel()), pieces) > 0
+    return new_piece & (begins & exists)[piece]
 
 
 def _sorted_rows(
