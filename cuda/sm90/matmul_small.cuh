@@ -2,14 +2,14 @@
 //
 // A CTA computes a tile of tokens x features. Two warps copy, for each step of the tile's list, a chunk of x (tokens x
 // 64 depths), or halves of two, and all blocks of W that meet it, which packing has put next to each other, into a ring
-// of stages. Halves cost copies of rows of 64 bytes, which are slower, but then there are fewer of them. The
-// roles are swapped: 64 features, a warpgroup's share, are the instruction's M, tokens its N. The warpgroup gathers the
-// 64 x 16 piece of W^T that a product takes as A from the blocks that are there, into registers; what is absent is read
-// from a block of zeros. A piece without any block costs no product. So the tensor cores see the union of the 64
-// features' columns, and a chunk of x is copied once for the union of the tile's columns. CTAs are persistent, so that
-// copies of the next tile run while y is written. What bounds it: the tensor cores at high density (at 16 x 16 and
-// density .5, 94 % of the dense products remain), else filling shared memory from L2 and the latency of a step, a
-// chain of some hundred instructions in each warp.
+// of stages. Halves cost copies of rows of 64 bytes, which are slower, but then there are fewer of them. The roles are
+// swapped: 64 features, a warpgroup's share, are the instruction's M, tokens its N. The warpgroup gathers the 64 x 16
+// piece of W^T that a product takes as A from the blocks that are there, into registers; what is absent is read from a
+// block of zeros. A piece without any block costs no product. So the tensor cores see the union of the 64 features'
+// columns, and a chunk of x is copied once for the union of the tile's columns. CTAs are persistent, so that copies of
+// the next tile run while y is written. What bounds it: the tensor cores at high density (at 16 x 16 and density .5,
+// 94 % of the dense products remain), else filling shared memory from L2 and the latency of a step, a chain of some
+// hundred instructions in each warp.
 #pragma once
 
 #include "matmul_common.cuh"

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../launch.cuh"
 #include "element.cuh"
@@ -73,6 +74,7 @@ template <typename T, int kUnit_, int kTokens_>
 struct SddmmShape {
   static constexpr int kUnit = kUnit_, kTokens = kTokens_;
   static constexpr int kCapacity = SddmmCapacity(kUnit), kMaxSlabs = SddmmMaxSlabs(kUnit);
+  static constexpr int kUnitsOfWarp = kCapacity / kProductWarps;  // where each product warp has units of its own
   static constexpr int kPanel = kRowElements<T>, kSlab = std::max(64, kUnit);  // features
   static constexpr int kPanelsPerSlab = kSlab / kPanel;
   static constexpr int kPanelBytes = kTokens * kRowBytes;
@@ -201,6 +203,22 @@ __device__ __forceinline__ void ForEachStage(const SddmmKernelParams& p, const S
     ring.Advance();
   }
   SyncThreads(1, kProductWarps * 32);
+}
+
+// Where each product warp has units of its own: calls multiply(units, depths) with two integral constants, how many
+// units a warp of a tile of so many has at most, and how many products along the tokens it takes of each before it goes
+// on to the next. Two are faster, if there are registers for the fragments of both.
+template <typename Shape, typename Multiply>
+__device__ __forceinline__ void WithUnitsAndDepths(int units, const Multiply& multiply) {
+  static_assert(Shape::kCapacity % kProductWarps == 0);
+  constexpr int kFew = 4;
+  if constexpr (Shape::kUnit == 16) {
+    multiply(std::integral_constant<int, Shape::kUnitsOfWarp>{}, std::integral_constant<int, 2>{});
+  } else if (units <= kFew * kProductWarps) {
+    multiply(std::integral_constant<int, kFew>{}, std::integral_constant<int, 2>{});
+  } else {
+    multiply(std::integral_constant<int, Shape::kUnitsOfWarp>{}, std::integral_constant<int, 1>{});
+  }
 }
 
 // One of the kCopyWarps warps copies its share of every stage.

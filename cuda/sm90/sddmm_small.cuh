@@ -15,28 +15,21 @@ namespace jax_blocksparse::sm90 {
 template <typename T, int kUnit>
 struct SmallConsumers {
   using Shape = SddmmShape<T, kUnit, 32>;
-  static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
-  static constexpr int kSteps = kUnit / 16;                            // products along a unit's side
-  static constexpr int kDepthBytes = 16 * kRowBytes;                   // of the tokens of a product
+  static constexpr int kSteps = kUnit / 16;           // products along a unit's side
+  static constexpr int kDepthBytes = 16 * kRowBytes;  // of the tokens of a product
   static_assert(kUnit == 16 || kUnit == 32);
-  static_assert(Shape::kCapacity % kProductWarps == 0 && kMostUnits <= 32);
+  static_assert(Shape::kUnitsOfWarp <= 32);
   static_assert(kRingBytes / 16 <= 1 << 16, "an address in a stage fits 16 bits, in pieces of 16 bytes");
 
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
-    constexpr int kFewUnits = 4;
-    if constexpr (kUnit == 16) {
-      MultiplyUnits<kMostUnits, 2>(p, tile, ring, stages, warp);
-    } else if (tile.units <= kFewUnits * kProductWarps) {
-      MultiplyUnits<kFewUnits, 2>(p, tile, ring, stages, warp);
-    } else {
-      MultiplyUnits<kMostUnits, 1>(p, tile, ring, stages, warp);
-    }
+    WithUnitsAndDepths<Shape>(tile.units, [&](auto units, auto depths) {
+      MultiplyUnits<decltype(units)::value, decltype(depths)::value>(p, tile, ring, stages, warp);
+    });
   }
 
  private:
-  // For up to kUnits units. A pass through them takes kDepths products along the tokens: two, if there are registers
-  // for their fragments.
+  // For up to kUnits units, kDepths products along the tokens at a time.
   template <int kUnits, int kDepths>
   static __device__ __forceinline__ void MultiplyUnits(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                        SddmmRing ring, std::uint32_t stages, int warp) {

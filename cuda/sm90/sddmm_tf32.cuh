@@ -96,27 +96,20 @@ struct PieceSums {
 template <int kUnit>
 struct SmallTF32Consumers {
   using Shape = SddmmShape<float, kUnit, 16>;
-  static constexpr int kMostUnits = Shape::kCapacity / kProductWarps;  // of a warp
   static_assert(kUnit == 16 || kUnit == 32);
-  static_assert(Shape::kCapacity % kProductWarps == 0 && kMostUnits <= 32);
+  static_assert(Shape::kUnitsOfWarp <= 32);
   static_assert(Shape::kPanel % kUnit == 0, "a unit is in one panel");
   static_assert(kRingBytes / 4 <= 1 << 16, "an address in a stage fits 16 bits, in units of 4 bytes");
 
   static __device__ __forceinline__ void Multiply(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                   SddmmRing ring, std::uint32_t stages, int warp) {
-    constexpr int kFewUnits = 4;
-    if constexpr (kUnit == 16) {
-      MultiplyUnits<kMostUnits, 2>(p, tile, ring, stages, warp);
-    } else if (tile.units <= kFewUnits * kProductWarps) {
-      MultiplyUnits<kFewUnits, 2>(p, tile, ring, stages, warp);
-    } else {
-      MultiplyUnits<kMostUnits, 1>(p, tile, ring, stages, warp);
-    }
+    WithUnitsAndDepths<Shape>(tile.units, [&](auto units, auto depths) {
+      MultiplyUnits<decltype(units)::value, decltype(depths)::value>(p, tile, ring, stages, warp);
+    });
   }
 
  private:
-  // For up to kUnits units. A pass through them takes kDepths products along the tokens: two, if there are registers
-  // for their fragments.
+  // For up to kUnits units, kDepths products along the tokens at a time.
   template <int kUnits, int kDepths>
   static __device__ __forceinline__ void MultiplyUnits(const SddmmKernelParams& p, const SddmmTile<Shape>& tile,
                                                        SddmmRing ring, std::uint32_t stages, int warp) {

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_blocksparse import plan, plan_layout, sddmm_layout, sddmm_plan
-from jax_blocksparse.arrays import flat_size, order_by
+from jax_blocksparse.arrays import count_up_to, flat_size, order_by
 from jax_blocksparse.geometry import block_grid, check_block_size, check_geometry, is_live
 from jax_blocksparse.plan_layout import PlanLayout
 from jax_blocksparse.sddmm_layout import SddmmLayout
@@ -264,7 +264,7 @@ def _orders(xp: ModuleType, rows: jax.Array, cols: jax.Array, grid: tuple[int, i
 
     def walk(outer: jax.Array, outers: int, inner: jax.Array, inners: int) -> tuple[jax.Array, jax.Array]:
         order = order_by(xp, outer, inner, inners + 1)
-        ptr = xp.searchsorted(outer[order], xp.arange(outers + 1, dtype=np.int32))
+        ptr = xp.pad(count_up_to(xp, outer, outers), (1, 0))
         return ptr.astype(np.int32), order.astype(np.int32)
 
     return *walk(cols, grid[1], rows, grid[0]), *walk(rows, grid[0], cols, grid[1])

@@ -13,7 +13,7 @@ from types import ModuleType
 import jax
 import numpy as np
 
-from jax_blocksparse.arrays import changes, count_at, count_up_to, flatten, last_flagged, order_by, put_at, sum_at
+from jax_blocksparse.arrays import changes, count_up_to, flatten, last_flagged, order_by, put_at, sum_at
 from jax_blocksparse.geometry import is_live
 from jax_blocksparse.sddmm_layout import SddmmLayout, SddmmPlan
 
@@ -74,7 +74,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     tile = xp.where(live, xp.cumsum(new_tile) - 1, layout.tiles)
     slot = number - number[last_flagged(xp, new_tile)]
 
-    first = xp.pad(xp.cumsum(count_at(xp, tile, layout.tiles)), (1, 0))
+    first = xp.pad(count_up_to(xp, tile, layout.tiles), (1, 0))
     first_unit = xp.concatenate([xp.zeros(1, number.dtype), xp.cumsum(new_unit)])[first]
     first_strip = xp.concatenate([strip, xp.zeros(1, strip.dtype)])[first]
 
