@@ -16,7 +16,7 @@ SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
 UNITS = [(8, 16), (8, 128), (16, 16), (16, 128), (32, 32), (32, 128), (64, 64), (128, 128)]
 
 
-def make_case(block, unit, shape, density, strip=256, target=3, whole_rows=False, seed=0):
+def make_case(block, unit, shape, density, strip=256, target=3, seed=0):
     rng = np.random.default_rng(seed)
     grid = [-(-features // block) for features in shape]
     rows, cols = np.nonzero(rng.random(grid) < density)
@@ -24,7 +24,7 @@ def make_case(block, unit, shape, density, strip=256, target=3, whole_rows=False
     rows, cols = np.concatenate([np.stack([rows, cols]), np.array(inert).T], axis=1)
     shuffle = rng.permutation(rows.size)
     strip = unit if unit >= 64 else strip
-    layout = SddmmLayout(*shape, block, rows.size, unit, strip, target, 1, whole_rows)
+    layout = SddmmLayout(*shape, block, rows.size, unit, strip, target, 1)
     return rows[shuffle].astype(np.int32), cols[shuffle].astype(np.int32), layout
 
 
@@ -84,20 +84,18 @@ def expected(rows, cols, layout):
     )
 
 
-@pytest.mark.parametrize("whole_rows", [False, True])
 @pytest.mark.parametrize("density", [0.03, 0.4, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("block", "unit"), UNITS)
-def test_plan_names_every_block_once(block, unit, shape, density, whole_rows):
-    rows, cols, layout = make_case(block, unit, shape, density, whole_rows=whole_rows)
+def test_plan_names_every_block_once(block, unit, shape, density):
+    rows, cols, layout = make_case(block, unit, shape, density)
     plan = make_plan(rows, cols, layout, np)
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)
 
 
-@pytest.mark.parametrize("whole_rows", [False, True])
 @pytest.mark.parametrize(("block", "unit"), UNITS)
-def test_numpy_and_jit_agree(block, unit, whole_rows):
-    rows, cols, layout = make_case(block, unit, (328, 776), 0.3, whole_rows=whole_rows)
+def test_numpy_and_jit_agree(block, unit):
+    rows, cols, layout = make_case(block, unit, (328, 776), 0.3)
     on_host = make_plan(rows, cols, layout, np)
     traced = jax.jit(lambda r, c: make_plan(r, c, layout, jnp))(rows, cols)
     for host, device in zip(on_host, traced, strict=True):
@@ -125,19 +123,18 @@ def units_and_slabs(plan):
     return units[units > 0], slabs[units > 0]
 
 
-@pytest.mark.parametrize("whole_rows", [False, True])
-def test_tiles_are_even(whole_rows):
-    rows, cols, layout = make_case(16, 16, (4096, 1024), 0.2, strip=512, target=32, whole_rows=whole_rows)
+def test_tiles_are_even():
+    rows, cols, layout = make_case(16, 16, (4096, 1024), 0.2, strip=512, target=32)
     units, slabs = units_and_slabs(make_plan(rows, cols, layout, np))
     assert 30 <= units.size <= 32
-    assert units.max() <= (1.12 if whole_rows else 1.02) * units.mean()
+    assert units.max() <= 1.1 * units.mean()
     assert slabs.max() <= 1.1 * slabs.mean()
 
 
 def test_as_many_tiles_as_the_target_says_are_used():
     rng = np.random.default_rng(0)
     rows = np.concatenate([rng.permutation(256)[:13] for _ in range(256)]).astype(np.int32)
-    layout = SddmmLayout(4096, 4096, 16, rows.size, 16, 832, target=30, split=4, whole_rows=True)
+    layout = SddmmLayout(4096, 4096, 16, rows.size, 16, 832, target=30, split=4)
     units, _ = units_and_slabs(make_plan(rows, np.repeat(np.arange(256, dtype=np.int32), 13), layout, np))
     assert units.size == 30
     assert units.max() <= 1.1 * units.mean()
@@ -151,7 +148,7 @@ def test_tiles_of_uneven_patterns_are_as_few_as_those_of_even_ones(block, split,
     pattern = make(shape, block, density=0.1)
     rows, cols = np.asarray(pattern.rows), np.asarray(pattern.cols)
     strip = {16: 512, 32: 832, 64: 64}[block]
-    layout = SddmmLayout(*shape, block, rows.size, block, strip, target, split, block < 64)
+    layout = SddmmLayout(*shape, block, rows.size, block, strip, target, split)
     plan = make_plan(rows, cols, layout, np)
     assert units_and_slabs(plan)[0].size <= target
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)
@@ -162,7 +159,7 @@ def test_tiles_of_uneven_patterns_are_as_few_as_those_of_even_ones(block, split,
 def test_tiles_of_large_blocks_end_in_the_next_column_if_need_be(lengths, target):
     rows = np.concatenate([np.arange(length) for length in lengths] + [[-1, 3]]).astype(np.int32)
     cols = np.concatenate([np.repeat(np.arange(len(lengths)), lengths), [0, 99]]).astype(np.int32)
-    layout = SddmmLayout(64 * 24, 64 * 8, 64, rows.size, 64, 64, target, split=1, whole_rows=False)
+    layout = SddmmLayout(64 * 24, 64 * 8, 64, rows.size, 64, 64, target, split=1)
     plan = make_plan(rows, cols, layout, np)
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)
     units, slabs = units_and_slabs(plan)
@@ -172,9 +169,9 @@ def test_tiles_of_large_blocks_end_in_the_next_column_if_need_be(lengths, target
 
 
 @pytest.mark.parametrize("units", [1, 160, 161, 400])
-def test_long_rows_are_taken_in_pieces(units):
+def test_long_rows_are_cut(units):
     rows, cols = np.zeros(units, np.int32), np.arange(units, dtype=np.int32)
-    layout = SddmmLayout(16, 16 * 400, 16, units, 16, 27 * 64, target=1, split=1, whole_rows=True)
+    layout = SddmmLayout(16, 16 * 400, 16, units, 16, 27 * 64, target=1, split=1)
     plan = make_plan(rows, cols, layout, np)
     assert units_and_slabs(plan)[0].max() <= min(units, 27 * 4)
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)
@@ -188,7 +185,7 @@ def test_tiles_have_room_in_their_lists(seed):
     rows, cols = np.nonzero(rng.random(grid) < np.outer(rng.random(grid[0]) ** 4, rng.random(grid[1]) ** 3) * 4)
     shape = [int(size) * block for size in grid]
     strip, target = 64 * int(rng.integers(1, 10)) if block < 64 else 64, int(rng.integers(1, 100))
-    layout = SddmmLayout(*shape, block, rows.size, block, strip, target, 1, whole_rows=block < 64)
+    layout = SddmmLayout(*shape, block, rows.size, block, strip, target, 1)
     plan = make_plan(rows.astype(np.int32), cols.astype(np.int32), layout, np)
     assert units_and_slabs(plan)[0].size <= layout.tiles
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)
@@ -212,20 +209,19 @@ def test_there_is_a_layout_for_any_shape(shape):
 
 def test_tile_that_needs_too_many_slabs_is_cut():
     rows = np.arange(160, dtype=np.int32) * 4  # one block in each slab of x, all in one column
-    layout = SddmmLayout(160 * 64, 64, 16, 160, 16, 64, target=1, split=1, whole_rows=False)
+    layout = SddmmLayout(160 * 64, 64, 16, 160, 16, 64, target=1, split=1)
     plan = make_plan(rows, np.zeros(160, np.int32), layout, np)
     assert np.diff(plan.tiles[:, 1])[:6].tolist() == [27, 27, 27, 27, 27, 25]
     assert sorted(read(plan, layout)) == expected(rows, np.zeros(160, np.int32), layout)
 
 
-@pytest.mark.parametrize("whole_rows", [False, True])
 @pytest.mark.parametrize("most", [1, 2, 5, 9])
-def test_there_are_tiles_enough_for_strips_just_too_long(most, whole_rows):
+def test_there_are_tiles_enough_for_strips_just_too_long(most):
     width, strips = MAX_SLABS[16] - most, 12  # of a strip that leaves a tile room for so many slabs of x
     rows = np.tile(np.arange(most + 1, dtype=np.int32) * 4, strips)  # one block in each slab, one slab too many
     cols = np.repeat(np.arange(strips, dtype=np.int32) * width * 4, most + 1)
     shape = (most + 1) * 64, strips * width * 64
-    layout = SddmmLayout(*shape, 16, rows.size, 16, width * 64, target=1, split=1, whole_rows=whole_rows)
+    layout = SddmmLayout(*shape, 16, rows.size, 16, width * 64, target=1, split=1)
     plan = make_plan(rows, cols, layout, np)
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)
     assert units_and_slabs(plan)[0].size == 2 * strips
@@ -233,7 +229,7 @@ def test_there_are_tiles_enough_for_strips_just_too_long(most, whole_rows):
 
 def test_blocks_at_the_same_place_are_both_stored():
     rows, cols = np.array([1, 0, 1], np.int32), np.array([2, 0, 2], np.int32)
-    layout = SddmmLayout(64, 64, 16, 3, 16, 64, target=1, split=1, whole_rows=False)
+    layout = SddmmLayout(64, 64, 16, 3, 16, 64, target=1, split=1)
     plan = make_plan(rows, cols, layout, np)
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)
 
@@ -241,7 +237,7 @@ def test_blocks_at_the_same_place_are_both_stored():
 @pytest.mark.parametrize("unit", [16, 128])
 def test_pattern_without_blocks_has_tiles_without_units(unit):
     none = np.zeros(0, np.int32)
-    layout = SddmmLayout(256, 300, 16, 0, unit, 128, target=4, split=1, whole_rows=False)
+    layout = SddmmLayout(256, 300, 16, 0, unit, 128, target=4, split=1)
     plan = make_plan(none, none, layout, np)
     assert not plan.tiles.any()
     assert plan.slots.size == plan.order.size == 0

@@ -13,16 +13,23 @@ _State = TypeVar("_State")
 _ALIGNMENT = 4  # integers: the kernels read four at a time
 
 
-def order_by(xp: ModuleType, major: jax.Array, minor: jax.Array, minors: int) -> jax.Array:
-    """The stable order by `major`, then by `minor`, whose numbers are 0 to minors - 1."""
-    if xp is not np:  # has no integers that surely hold both
-        return xp.lexsort((minor, major))
-    key = major.astype(np.int64) * minors + minor
+def order_of(xp: ModuleType, key: jax.Array) -> jax.Array:
+    """The stable order of integers."""
+    if xp is not np:
+        return xp.argsort(key, stable=True)
+    key = key.astype(np.int64)
     bits = key.size.bit_length()
     if key.size and -(2**62) >> bits < key.min() and key.max() < 2**62 >> bits:
         # Sorting numbers that end in where they were takes a sixth of the time.
         return np.sort(key << bits | np.arange(key.size)) & ((1 << bits) - 1)
     return np.argsort(key, kind="stable")
+
+
+def order_by(xp: ModuleType, major: jax.Array, minor: jax.Array, minors: int) -> jax.Array:
+    """The stable order by `major`, then by `minor`, whose numbers are 0 to minors - 1."""
+    if xp is np:  # jax.numpy has no integers that surely hold both
+        return order_of(np, major.astype(np.int64) * minors + minor)
+    return xp.lexsort((minor, major))
 
 
 def sum_at(xp: ModuleType, index: jax.Array, values: jax.Array, size: int) -> jax.Array:
@@ -44,7 +51,7 @@ def count_up_to(xp: ModuleType, values: jax.Array, size: int) -> jax.Array:
 
     A table to look up instead of searching sorted values, which is a loop on the device.
     """
-    return xp.cumsum(count_at(xp, values, size))
+    return xp.cumsum(count_at(xp, values, size), dtype=np.int32)
 
 
 def put_at(xp: ModuleType, index: jax.Array, values: jax.Array, size: int) -> jax.Array:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +14,10 @@ CAPACITY = {16: 160, 32: 48, 64: 12, 128: 3}
 """By unit: the number that a tile can have. As in sddmm.h."""
 MAX_SLABS = {16: 28, 32: 28, 64: 14, 128: 4}
 """By unit: the number of slabs that a tile can need. As in sddmm.h."""
+_WARPS = 8
+"""That multiply the units of a tile. As in sddmm_common.cuh."""
+_FEW_SLABS = 18
+"""Of small units: the slabs of which three stages fit into shared memory."""
 _SLAB_COST = {16: 4, 32: 3, 64: 1, 128: 1}
 """By unit: how many units take as long to multiply as it takes to copy a slab, about."""
 
@@ -32,8 +35,6 @@ class SddmmLayout:
       strip: features of dy in a strip, a multiple of `slab`; for units of 64 and 128 the kernels want one slab.
       target: the number of tiles aimed at.
       split: the number of CTAs that share a tile, each taking its part of the tokens: 1 to 5.
-      whole_rows: whether tiles end between rows of slabs, so that they need the fewest slabs, and are even in units and
-        slabs together; else they all have as many units.
     """
 
     in_features: int
@@ -44,7 +45,6 @@ class SddmmLayout:
     strip: int
     target: int
     split: int
-    whole_rows: bool
 
     @property
     def ratio(self) -> int:
@@ -116,14 +116,24 @@ class SddmmLayout:
         return -(-self.in_features // self.slab)
 
     @property
-    def piece(self) -> int:
-        """The most units of a row of slabs that only together go into a tile."""
-        return max(1, self.capacity // 16)
+    def limits(self) -> tuple[tuple[int, int], ...]:
+        """What tiles may have at most, units and slabs of what they are taken by, the rows of slabs.
+
+        Where the target allows, of small units no more than make full work for all warps, and slabs that leave room for
+        three stages.
+        """
+        if self.crosses_strips:
+            return ((self.capacity, self.max_dy_slabs),)
+        if self.unit >= 64:
+            return ((self.capacity, self.max_x_slabs),)
+        even = min(self.capacity, -(-self.max_units // (_WARPS * self.target)) * _WARPS)
+        few = max(1, _FEW_SLABS - self.max_dy_slabs)
+        return (even, few), (self.capacity, few), (self.capacity, self.max_x_slabs)
 
     @property
-    def pieces(self) -> int:
-        """As many such pieces as any pattern can have."""
-        return max(1, min(self.max_units, self.strips * self.slab_rows + self.max_units // self.piece))
+    def pairs_in_strips(self) -> bool:
+        """Whether a strip should have an even number of tiles, of which each two share slabs of dy."""
+        return self.paired and self.unit < 64
 
     @property
     def slab_cost(self) -> int:
@@ -133,9 +143,7 @@ class SddmmLayout:
     @property
     def sorts_rows(self) -> bool:
         """Whether rows of slabs are put in an order in which neighbours need the same slabs of dy."""
-        return (
-            self.whole_rows and self.unit < 64 and self.slab_rows * -(-self.out_features // self.slab) <= 64 * self.nnz
-        )
+        return self.unit < 64 and self.slab_rows * -(-self.out_features // self.slab) <= 64 * self.nnz
 
     @property
     def max_size(self) -> int:
@@ -146,13 +154,11 @@ class SddmmLayout:
     def tiles(self) -> int:
         """As many tiles as any pattern can take."""
         units, rows = self.max_units, min(self.max_units, self.strips * self.slab_rows)
-        if self.whole_rows:  # but for a strip's last, a tile has no room for a piece more, or as many slabs as can be
-            full, most = units // (self.capacity - self.piece + 1) + self.strips, self.max_x_slabs
-            return min(units, max(self.target, (full * most + rows) // max(1, most - 1)))
-        tiles = max(self.target, units // self.capacity + self.strips)
-        if self.max_x_slabs < self.capacity:  # tiles are cut that need too many slabs
-            tiles += (rows + tiles) // self.max_x_slabs
-        return min(units, tiles)
+        # But for a strip's last, a tile has as many units or as many slabs as can be.
+        tiles, most = units // self.capacity + self.strips, self.max_x_slabs
+        if most < self.capacity:
+            tiles = (tiles * most + rows) // max(1, most - 1)
+        return min(units, max(self.target, tiles))
 
     @property
     def shapes(self) -> "SddmmPlan":
@@ -191,19 +197,25 @@ class SddmmPlan(NamedTuple):
 
 _LEAST_FOR_PAIRS, _LEAST_IF_SHARED = 132, 1536
 """With fewer units, tiles have few, and pairs save too little; the second if CTAs share tiles besides."""
-_AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22}
+_AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30}
 """By the number of CTAs that share a tile: the tiles that an H100 works on at a time."""
 _PAIRED_AT_ONCE = {1: 132, 2: 60, 4: 30}
 """The same if each cluster has two."""
 
+_NARROWER = 0.06
+"""The part of all features of dy that the last strip may be narrower than the others."""
+
 # Microseconds that a tile of 8192 tokens takes, measured on an H100, by unit.
-_START = {16: 15.0, 32: 25.0, 64: 45.0, 128: 28.0}
-_COPY = {16: 14.0, 32: 12.0, 64: 9.0, 128: 18.0}  # of a slab
-_FOR_TWO = 0.82  # of that, a slab of dy that pairs copy together whose tiles are shared besides
-_APART = 1.1  # times that, slabs of many small units where three or more share tiles: few CTAs copy the same then
+_START = {16: 26.0, 32: 15.0, 64: 45.0, 128: 28.0}
+_COPY = {16: 11.5, 32: 11.8, 64: 9.0, 128: 18.0}  # of a slab
+_MULTIPLY = {16: 1.63, 32: 4.7, 64: 9.3, 128: 32.0}  # of a unit
+_BEHIND = {16: 0.2, 32: 0.2, 64: 0.02, 128: 0.02}  # of the shorter of the two, which goes on behind the longer
 _CROWDED = 14.0  # each slab of units of 64 beyond nine takes besides: stages get large, and few fit
-_MULTIPLY = {16: 2.1, 32: 4.95, 64: 9.3, 128: 32.0}  # of a unit
-_UNEVEN = {16: 10, 32: 5}  # the number that the fullest tile of whole rows has more than others, at most
+# Of copies, where units are small:
+_OF_X = 1.25  # slabs of x, which no pair copies at once
+_APART = 1.36  # where CTAs share tiles and are not in pairs: few copy the same at a time
+_TWO_STAGES = 1.17  # if there is room for two stages only
+_NEEDED = 0.71  # the part of a strip's slabs of dy that a tile needs: its rows need the same ones
 
 
 @functools.cache
@@ -223,26 +235,26 @@ def _layouts(in_features: int, out_features: int, block_size: int, nnz: int) -> 
         slab = max(64, unit)
         dy_slabs = -(-out_features // slab)
         # Of large units the kernels want strips of one slab, whose rows are units.
-        widest, kinds = (1, (False,)) if unit >= 64 else (MAX_SLABS[unit] - 1, (False, True))
+        widest = 1 if unit >= 64 else MAX_SLABS[unit] - 1
         for width in range(1, min(widest, dy_slabs) + 1):
-            if 0 < dy_slabs % width < 0.75 * width:
+            if -dy_slabs % width > _NARROWER * dy_slabs:
                 continue  # the last strip would be much narrower
-            for split, whole_rows in itertools.product(_AT_ONCE, kinds):
-                layout = SddmmLayout(
-                    in_features, out_features, block_size, nnz, unit, width * slab, 1, split, whole_rows
-                )
+            for split in _AT_ONCE:
+                layout = SddmmLayout(in_features, out_features, block_size, nnz, unit, width * slab, 1, split)
                 shared_by_two = split == 2 and block_size == 128 and nnz <= _AT_ONCE[2]
                 if unit == 128 and split > 1 and not shared_by_two:
                     continue  # not faster, as measured
-                shared_pairs = split > 1 and layout.paired
-                if shared_pairs and not whole_rows:
-                    continue
-                for waves in (1,) if shared_pairs else (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
+                for waves in (1,) if split > 1 and layout.paired else (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
                     yield dataclasses.replace(layout, target=waves * _at_once(layout))
 
 
 def _at_once(layout: SddmmLayout) -> int:
     return _PAIRED_AT_ONCE[layout.split] if layout.paired else _AT_ONCE[layout.split]
+
+
+def _tiles(strips: float, units: float, most: int) -> int:
+    """The tiles of strips of so many units, the last of which may be narrower."""
+    return int(strips) * math.ceil(units / most) + math.ceil(strips % 1 * units / most)
 
 
 def _expected_time(layout: SddmmLayout) -> float:
@@ -254,36 +266,40 @@ def _expected_time(layout: SddmmLayout) -> float:
     rows = layout.slab_rows * (1 - (1 - density) ** in_row)  # that a strip needs
     units = layout.slab_rows * in_row * density
     strips = layout.out_features / layout.strip
-    if layout.whole_rows:
-        room = layout.capacity - layout.piece
-        tiles = sum(math.ceil(part * units / room) for part in [1] * int(strips) + [strips % 1])
-        if tiles > layout.target:
-            return math.inf
-        more = min(in_row * density, _UNEVEN[layout.unit])
-        units = min(layout.capacity, units * strips / layout.target + more)  # in the fullest
-        x_slabs = 1.1 * rows * strips / layout.target
-        dy_slabs *= 0.9  # not all of a strip's meet the tile's rows
-    else:
+    if layout.crosses_strips:
         of_strip = max(1, layout.target // layout.strips, math.ceil(units / layout.capacity))
         tiles = layout.strips * of_strip
-        if layout.crosses_strips and tiles > layout.target:  # a tile goes on in the next strip, if only to be full
+        if tiles > layout.target:  # a tile goes on in the next strip, if only to be full
             full = min(layout.capacity, math.ceil(strips * units / layout.target))
             tiles, units = math.ceil(strips * units / full), full
             x_slabs, dy_slabs = units, 2 * dy_slabs
         else:
-            units = math.ceil(units / of_strip)
-            x_slabs = rows / of_strip + (1 if of_strip > 1 else 0)
-            x_slabs += 2 * math.sqrt(units * (1 - density)) / max(1.0, in_row * density)  # where rows are emptiest
-            x_slabs = min(x_slabs, units)
+            x_slabs = units = math.ceil(units / of_strip)
+    else:
+        least = layout.limits[0][0] if layout.unit < 64 else math.ceil(units * strips / layout.target)
+        fitting = (
+            most for most in range(max(1, least), layout.capacity) if _tiles(strips, units, most) <= layout.target
+        )
+        full = next(fitting, layout.capacity)
+        tiles = max(layout.target, _tiles(strips, units, full))
+        of_strip = tiles // strips if tiles >= strips else tiles / strips
+        x_slabs, units = rows / of_strip, full
+        if of_strip > 1:  # tiles end within rows, the more often the more units these have
+            x_slabs += max(0.0, 1 - 2 / max(1.0, in_row * density))
+        if layout.unit < 64:
+            in_column = x_slabs * per_slab**2 * (2 if layout.paired else 1)  # units of a column of slabs, or two tiles'
+            dy_slabs *= _NEEDED * (1 - (1 - density) ** in_column)
     if units > layout.capacity or x_slabs > layout.max_x_slabs:
         return math.inf
-    waves = math.ceil((layout.target if layout.whole_rows else tiles) / _at_once(layout))
-    if layout.paired and layout.split > 1:
-        dy_slabs *= _FOR_TWO
-    copy, multiply = _COPY[layout.unit] * (x_slabs + dy_slabs), _MULTIPLY[layout.unit] * units
-    if layout.unit < 64 and layout.split > 2 and layout.max_units > _LEAST_IF_SHARED and not layout.paired:
-        copy *= _APART
-    if layout.unit == 64:
-        copy += _CROWDED * max(0, x_slabs + dy_slabs - 9)
-    busy = max(copy, multiply) + 0.02 * min(copy, multiply)  # what goes on behind the longer one is not quite free
+    waves, slabs = math.ceil(tiles / _at_once(layout)), x_slabs + dy_slabs
+    copy, multiply = _COPY[layout.unit] * slabs, _MULTIPLY[layout.unit] * units
+    if layout.unit < 64:
+        copy += _COPY[layout.unit] * (_OF_X - 1) * x_slabs
+        if layout.split > 1 and not layout.paired:
+            copy *= _APART
+        elif slabs > _FEW_SLABS - 1:
+            copy *= _TWO_STAGES
+    elif layout.unit == 64:
+        copy += _CROWDED * max(0, slabs - 9)
+    busy = max(copy, multiply) + _BEHIND[layout.unit] * min(copy, multiply)
     return waves * (_START[layout.unit] + busy / layout.split)
