@@ -19,7 +19,7 @@ constexpr bool NeedsPacking(const MatmulParams& p) {
 
 // Where the lists begin, in integers; every list is padded to a multiple of 16 bytes.
 struct MatmulPlanLayout {
-  std::int64_t tiles = 0;  // (feature_tiles, 4): two groups, first step, number of steps, two groups; most work first
+  std::int64_t tiles = 0;  // (feature_tiles, 8): panels, first step, number of steps, unused; most work first
   std::int64_t steps = 0;  // (max_steps, 4)
   std::int64_t masks = 0;  // (slices, max_steps)
   std::int64_t order = 0;  // (nnz): ids in the order in which the kernel takes the blocks
@@ -39,7 +39,7 @@ constexpr MatmulPlanLayout PlanLayoutOf(const MatmulParams& p, std::int64_t tile
   layout.max_steps =
       std::min(layout.feature_tiles * CeilDiv(p.in_features, kPlanChunk), chunks_met) + (packs ? p.nnz / capacity : 0);
   layout.slices = packs ? tile_features / std::max<std::int64_t>(16, p.block) : 0;
-  layout.steps = padded(layout.feature_tiles * 4);
+  layout.steps = layout.feature_tiles * 8;
   layout.masks = layout.steps + padded(layout.max_steps * 4);
   layout.order = layout.masks + padded(layout.slices * layout.max_steps);
   layout.size = layout.order + padded(packs ? p.nnz : 0);

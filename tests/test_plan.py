@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from jax_blocksparse.plan import make_plan
-from jax_blocksparse.plan_layout import CHUNK, GROUP, HALF, PlanLayout, choose_capacity, choose_layout, full_capacity
+from jax_blocksparse.plan_layout import (
+    CHUNK,
+    HALF,
+    PANEL,
+    PlanLayout,
+    choose_capacity,
+    choose_layout,
+    full_capacity,
+)
 
 SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
 CASES = [
@@ -30,11 +38,20 @@ def make_case(block, shape, tile, density, capacity=None, seed=0):
 
 
 def read_tiles(plan, layout):
-    """(groups, first step, steps) of every tile, checking that each group is one tile's."""
-    words = plan.tiles[:, [0, 3]]
-    groups = np.stack([words & 0xFFFF, words >> 16 & 0xFFFF], -1).reshape(-1, 4)[:, : layout.groups]
-    np.testing.assert_array_equal(np.sort(groups.ravel()), np.arange(groups.size))
-    return np.concatenate([groups, plan.tiles[:, 1:3]], -1)
+    """(panels, first step, steps) of every tile, checking that each panel is one tile's."""
+    words = plan.tiles[:, : layout.groups]
+    panels = np.stack([words & 0xFFFF, words >> 16 & 0xFFFF], -1).reshape(layout.tiles, -1)
+    np.testing.assert_array_equal(np.sort(panels.ravel()), np.arange(panels.size))
+    if layout.block_size != 16:
+        np.testing.assert_array_equal(panels[:, ::2] % 2, 0)
+        np.testing.assert_array_equal(panels[:, ::2] + 1, panels[:, 1::2])
+    return np.concatenate([panels, plan.tiles[:, 4:6]], -1)
+
+
+def read_groups(plan, layout):
+    """The same with groups instead of panels."""
+    tiles = read_tiles(plan, layout)
+    return np.concatenate([tiles[:, :-2:2] // 2, tiles[:, -2:]], -1)
 
 
 def read_packed(plan, layout):
@@ -42,7 +59,7 @@ def read_packed(plan, layout):
     b, width = layout.block_size, layout.slice_features
     in_slice = width // b
     found = []
-    for *groups, first_step, steps in read_tiles(plan, layout):
+    for *panels, first_step, steps in read_tiles(plan, layout):
         for step in range(first_step, first_step + steps):
             *halves, first, blocks = plan.steps[step][[0, 3, 1, 2]]
             together = halves[0] % 2 == 0 and halves[1] == halves[0] + 1
@@ -61,7 +78,7 @@ def read_packed(plan, layout):
                     row = (halves[half] * HALF + inside) // b
                     depths = {k // 16 for k in range(row_in_step * b, row_in_step * b + b)}
                     assert all(word >> (16 + depth) & 1 for depth in depths)
-                    feature = groups[slice_ * width // GROUP] * GROUP + slice_ * width % GROUP
+                    feature = panels[slice_ * width // PANEL] * PANEL + slice_ * width % PANEL
                     col = feature // b + bit % in_slice
                     found.append((row, col, plan.order[first + seen]))
                     seen += 1
@@ -78,7 +95,7 @@ def read_by_id(plan, layout):
     """(64-row, 64-column, id) of every piece that some product takes."""
     return [
         (chunk, groups[group], ids[group])
-        for *groups, first, steps in read_tiles(plan, layout)
+        for *groups, first, steps in read_groups(plan, layout)
         for chunk, *ids, _ in plan.steps[first : first + steps]
         for group in range(2)
         if ids[group] >= 0
@@ -110,7 +127,7 @@ def test_plan_names_every_block_once(block, shape, tile, density):
 def test_chunk_beyond_capacity_takes_several_steps(block, capacity):
     rows, cols, layout = make_case(block, (328, 776), 256, 0.9, capacity)
     plan = make_plan(rows, cols, layout, np)
-    assert plan.tiles[:, 2].max() > layout.chunks
+    assert plan.tiles[:, 5].max() > layout.chunks
     assert sorted(read_packed(plan, layout)) == expected(rows, cols, layout)
 
 
@@ -133,20 +150,33 @@ def test_order_is_a_permutation_with_inert_blocks_last():
 
 
 def test_tiles_with_most_work_come_first():
-    rows = np.array([0, 0, 1, 2, 0, 2, 5], np.int32)
-    cols = np.array([0, 16, 16, 16, 32, 32, 33], np.int32)
-    rows, cols = (np.repeat(each, 4) for each in (rows + 8 * (cols // 16), cols))
-    cols += np.tile(np.arange(4) * 4, 7)  # the same in each group of a tile
-    layout = PlanLayout(512, 768, 16, 28, 256, 16)
-    tiles = read_tiles(make_plan(rows, cols, layout, np), layout)
+    rows = np.array([0, 0, 1, 0, 1, 2], np.int32)
+    cols = np.array([0, 8, 8, 16, 16, 16], np.int32)
+    rows, cols = (np.repeat(each, 4) for each in (rows + cols, cols))
+    cols += np.tile(np.arange(4) * 2, 6)  # the same in each group of a tile
+    layout = PlanLayout(1024, 768, 32, 24, 256, 16)
+    tiles = read_groups(make_plan(rows, cols, layout, np), layout)
     assert tiles.tolist() == [[8, 9, 10, 11, 2, 2], [4, 5, 6, 7, 1, 1], [0, 1, 2, 3, 0, 1]]
+
+
+def test_panels_that_meet_the_same_rows_share_a_group():
+    panels = [0, 9, 3, 14, 5, 7, 12, 2]  # in pairs, and each two pairs in the same chunk
+    rows = np.repeat(np.arange(4), 2) * 2 + np.repeat([0, 1], 4)
+    layout = PlanLayout(192, 512, 16, 8, 256, 16)
+    plan = make_plan(rows.astype(np.int32), np.array(panels, np.int32) * 2, layout, np)
+    groups = {
+        frozenset(pair)
+        for *tile, _, _ in read_tiles(plan, layout).tolist()
+        for pair in zip(tile[::2], tile[1::2], strict=True)
+    }
+    assert groups > {frozenset(pair) for pair in ((0, 9), (3, 14), (5, 7), (12, 2))}
 
 
 def test_groups_that_meet_the_same_chunks_share_a_tile():
     rows = np.array([0, 0, 1, 2, 2, 3, 3, 3], np.int32)
     cols = np.array([0, 3, 1, 2, 4, 2, 4, 5], np.int32)
     layout = PlanLayout(256, 384, 64, 8, 128, 1)
-    tiles = read_tiles(make_plan(rows, cols, layout, np), layout)
+    tiles = read_groups(make_plan(rows, cols, layout, np), layout)
     assert tiles.tolist() == [[2, 4, 3, 2], [1, 5, 1, 2], [0, 3, 0, 1]]
 
 
@@ -166,7 +196,7 @@ def test_halves_of_chunks_whose_other_half_a_tile_does_not_meet_share_steps():
     rows = np.array([0, 1, 3, 4, 6, 9, 10], np.int32)  # halves of chunks, of which 0 and 1 are one chunk
     layout = PlanLayout(512, 256, 32, rows.size, 256, 16)
     plan = make_plan(rows, np.zeros_like(rows), layout, np)
-    assert plan.tiles[0, 2] == 4
+    assert plan.tiles[0, 5] == 4
     assert plan.steps[:4, [0, 3]].tolist() == [[0, 1], [3, 4], [6, 9], [10, -1]]
     assert (plan.masks[0, :4] >> 28).tolist() == [0, 1, 1, 1]
 
@@ -179,11 +209,12 @@ def test_chunks_far_apart_are_met_in_order():
         assert 2 * steps > np.ptp(chunks) + 1 or (np.diff(chunks) > 0).all()
 
 
-def test_too_many_groups_stay_in_order():
-    rows, cols = np.zeros(3, np.int32), np.array([0, 1500, 2000], np.int32)
-    layout = PlanLayout(64, 64 * 2048, 64, 3, 128, 1)
-    tiles = read_tiles(make_plan(rows, cols, layout, np), layout)
-    np.testing.assert_array_equal(tiles[:, 0] + 1, tiles[:, 1])
+def test_of_many_groups_those_not_far_apart_share_a_tile():
+    rows, cols = np.array([0, 0, 1, 1], np.int32), np.array([3, 190, 100, 1500], np.int32)
+    layout = PlanLayout(128, 64 * 2048, 64, 4, 128, 1)
+    tiles = read_groups(make_plan(rows, cols, layout, np), layout)
+    assert [3, 190] in tiles[:, :2].tolist()
+    assert [100, 1500] not in tiles[:, :2].tolist()
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2])
@@ -191,13 +222,13 @@ def test_arranging_groups_saves_steps(density):
     rows, cols = np.nonzero(np.random.default_rng(0).random((64, 64)) < density)
     layout = choose_layout(4096, 4096, 64, rows.size)
     in_order = np.unique(rows * 32 + cols // 2).size
-    assert make_plan(rows, cols, layout, np).tiles[:, 2].sum() < 0.93 * in_order
+    assert make_plan(rows, cols, layout, np).tiles[:, 5].sum() < 0.93 * in_order
 
 
 @pytest.mark.parametrize("block", [8, 64])
 def test_pattern_without_blocks_has_tiles_without_steps(block):
     layout = PlanLayout(256, 300, block, 0, 128, 128)
-    tiles = read_tiles(make_plan(np.zeros(0, np.int32), np.zeros(0, np.int32), layout, np), layout)
+    tiles = read_groups(make_plan(np.zeros(0, np.int32), np.zeros(0, np.int32), layout, np), layout)
     assert tiles.tolist() == [[0, 1, 0, 0], [2, 3, 0, 0], [4, 5, 0, 0]]
 
 

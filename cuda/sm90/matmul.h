@@ -18,10 +18,14 @@ namespace jax_blocksparse::sm90 {
 constexpr int kChunk = 64;                   // input features a step
 constexpr int kHalf = 32;                    // input features that a step of small blocks can have without others
 constexpr int kGroup = 64;                   // output features of a warpgroup's product, "M" of the instruction
-constexpr int kMostFeatures = kGroup << 16;  // output features that 16 bits for a group can name
+constexpr int kPanel = 32;                   // output features of which a group has two
+constexpr int kMostFeatures = kPanel << 16;  // output features that 16 bits for a panel can name
 
 // The features of a tile.
 constexpr int TileFeatures(int block) { return block == 16 || block == 32 ? 256 : 128; }
+
+// The features that are stored together: a panel, or a whole group, whose panels are neighbours then.
+constexpr int StoredFeatures(int block) { return block == 16 ? kPanel : kGroup; }
 
 // The number of features whose blocks share a word of the plan's masks.
 constexpr int SliceFeatures(int block) { return block < 16 ? 16 : block; }
@@ -33,7 +37,7 @@ struct MatmulParams {
   // before. Blocks of 64 and 128: as they are, in any order, but those of float transposed if `transpose` would not be
   // true; where they stick out of W they may hold anything.
   const void* data;
-  // (feature_tiles, 4): two groups, 16 bits each, first step, number of steps, the other two groups; most work first
+  // (feature_tiles, 8): the panels of up to four groups, 16 bits each, first step, number of steps; most work first
   const std::int32_t* tiles;
   const std::int32_t* steps;  // (max_steps, 4)
   const std::int32_t* masks;  // (slices, max_steps); blocks of 8 to 32 only
@@ -56,7 +60,7 @@ struct MatmulParams {
 };
 
 // Whether the kernels take these operands: there is something to copy, tensor copies want rows at multiples of 16
-// bytes, and the plan has 16 bits for a group.
+// bytes, and the plan has 16 bits for a panel.
 inline bool CanLaunchMatmul(const MatmulParams& p) {
   const auto is_aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
   return is_aligned(p.x) && is_aligned(p.data) && is_aligned(p.y) && is_aligned(p.tiles) && is_aligned(p.steps) &&

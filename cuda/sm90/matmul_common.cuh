@@ -56,16 +56,16 @@ struct KernelParams {
   bool f32_output;
 };
 
-// A tile of y. It is valid if steps >= 0.
+// A tile of y, as a group of its features sees it. It is valid if steps >= 0.
 struct Tile {
-  std::uint32_t groups[2];  // of features, 16 bits each
-  int feature;              // the first one of the group that the list of tiles was made for
+  const std::uint32_t* panels;  // of each group two, of 16 bits
+  std::uint32_t own;            // those of the group
   int token, batch;
   int first_step, steps;
 
-  // What a plan says may lie beyond y: nothing is stored there.
-  __device__ int FeatureOf(int group) const {
-    return static_cast<int>((group < 2 ? groups[0] : groups[1]) >> group % 2 * 16 & 0xffff) * kGroup;
+  // The first feature of a group's panel. What a plan says may lie beyond y: nothing is stored there.
+  static __device__ int FeatureOf(std::uint32_t panels, int panel) {
+    return static_cast<int>(panels >> panel * 16 & 0xffff) * kPanel;
   }
 };
 
@@ -95,7 +95,7 @@ class TileList {
     const unsigned per_batch = p_.token_tiles * p_.feature_tiles;
     const bool backwards = p_.rotation == 0 && round % 2 != 0;
     const unsigned index = round * workers_ + (backwards ? workers_ - 1 - worker_ : worker_);
-    Tile tile{{0, 0}, 0, 0, 0, 0, -1};
+    Tile tile{nullptr, 0, 0, 0, 0, -1};
     if (index >= per_batch * p_.batch) return tile;
     tile.batch = p_.batch == 1 ? 0 : index / per_batch;
     unsigned rest = index - tile.batch * per_batch;
@@ -104,12 +104,12 @@ class TileList {
     rest -= first * p_.token_tiles;
     tile.token = rest / width * kTokens;
     const int4* entries = reinterpret_cast<const int4*>(p_.tiles + tile.batch * p_.plan_batch_stride);
-    const int4 entry = __ldg(entries + first + (p_.rotation == 0 ? rest % width : Rotated(rest % width, index)));
-    tile.groups[0] = static_cast<std::uint32_t>(entry.x);
-    tile.groups[1] = static_cast<std::uint32_t>(entry.w);
-    tile.feature = tile.FeatureOf(group_);
-    tile.first_step = max(0, min(entry.y, p_.max_steps));
-    tile.steps = max(0, min(entry.z, p_.max_steps - tile.first_step));
+    const int4* entry = entries + (first + (p_.rotation == 0 ? rest % width : Rotated(rest % width, index))) * 2;
+    tile.panels = reinterpret_cast<const std::uint32_t*>(entry);
+    tile.own = __ldg(tile.panels + group_);
+    const int4 steps = __ldg(entry + 1);
+    tile.first_step = max(0, min(steps.x, p_.max_steps));
+    tile.steps = max(0, min(steps.y, p_.max_steps - tile.first_step));
     return tile;
   }
 
@@ -192,8 +192,12 @@ constexpr int StagesThatFit(int stage_bytes, int other_bytes) {
   return std::min(kMaxStages, (kMaxSharedBytes - kAlignment - other_bytes) / stage_bytes);
 }
 
-// Where a 16-byte piece of a row of 128 bytes lies, swizzled as tensor copies do.
-__device__ __forceinline__ std::uint32_t Swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+// Where a 16-byte piece of a row of 64 or 128 bytes lies, swizzled as tensor copies do.
+template <int kBytesOfRow = kRowBytes>
+__device__ __forceinline__ std::uint32_t Swizzled(int row, int piece) {
+  static_assert(kBytesOfRow == 64 || kBytesOfRow == 128);
+  return row * kBytesOfRow + ((piece ^ (kBytesOfRow == 64 ? row >> 1 & 3 : row & 7)) << 4);
+}
 
 // x, copied for this many tokens at a time.
 template <typename T>
@@ -210,7 +214,7 @@ TensorMapSpec XMapSpec(const MatmulParams& from, int tile_tokens) {
 
 // Fills in what both kernels need, all but x_halves, w, capacity and stages.
 template <typename T>
-cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* to) {
+cudaError_t FillParams(const MatmulParams& from, int tile_tokens, int stored_features, KernelParams* to) {
   const auto extent = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
   cudaError_t error = EncodeTensorMap(&to->x, XMapSpec<T>(from, tile_tokens));
   if (error != cudaSuccess) return error;
@@ -220,7 +224,8 @@ cudaError_t FillParams(const MatmulParams& from, int tile_tokens, KernelParams* 
                            extent(from.out_features),
                            extent(from.tokens),
                            extent(from.batch),
-                           kPieceTokens};
+                           kPieceTokens,
+                           from.f32_output ? kRowBytes : stored_features * 2u};
   if (error = EncodeTensorMap(&to->y, y); error != cudaSuccess) return error;
   if (TensorMapSpec slope = y; from.epilogue.slope != nullptr) {
     slope.array = from.epilogue.slope;

@@ -31,7 +31,7 @@ struct LargeTile {
   static constexpr int kXBytes = kTokens * kRowBytes;
   static constexpr int kPieceOfW = kGroup * kRowBytes;
   static constexpr int kStageBytes = kXBytes + kWarpgroups * kPieceOfW;
-  static constexpr int kOutputBytes = kTeams * OutputWriter<T, kTokens, kWarpgroups, true>::kSharedBytes;
+  static constexpr int kOutputBytes = kTeams * OutputWriter<T, kTokens, kWarpgroups, kGroup, true>::kSharedBytes;
   static constexpr int kStages = StagesThatFit(kStageBytes, kOutputBytes);
   static constexpr int kSharedBytes = kAlignment + kStages * kStageBytes + kOutputBytes;
   static constexpr int kTurnBarrier = 1 + kTeams * kWarpgroups;  // the first of the teams', behind the warpgroups'
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
     };
     const auto copy_scale = [&](const Tile& tile, int group, const Ring& ring) {
       ArriveExpecting(ring.full(), L::kXBytes);
-      LoadTensor(stages + ring.stage() * L::kStageBytes, &p.scale, tile.FeatureOf(group),
+      LoadTensor(stages + ring.stage() * L::kStageBytes, &p.scale, Tile::FeatureOf(__ldg(tile.panels + group), 0),
                  tile.token + rank * L::kTokens, p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
     };
     if (const int producer = warp - L::kConsumers / 32; producer < kProducers) {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(LargeTile<T, kBlock, kTileTokens>::kThreads, 1
         if (lane == 0) Arrive(barrier);
       }
     };
-    OutputWriter<T, L::kTokens, L::kWarpgroups, kFuses> writer(p, output, warp / 4);
+    OutputWriter<T, L::kTokens, L::kWarpgroups, kGroup, kFuses> writer(p, output, warp / 4);
     Tile tile = tiles.Load(team);
     if (team > 0) ring.Skip(max(0, tiles.Load(0).steps) * kParts<T>);
     int2 next = load(tile, 0);
@@ -210,7 +210,7 @@ cudaError_t LaunchLarge(const MatmulParams& params, cudaStream_t stream) {
   // The scale's stages would have to be full before a team hands over to the other.
   if (L::kTeams > 1 && params.epilogue.scale != nullptr) return cudaErrorInvalidValue;
   KernelParams p;
-  cudaError_t error = FillParams<T>(params, L::kTokens, &p);
+  cudaError_t error = FillParams<T>(params, L::kTokens, kGroup, &p);
   if (error != cudaSuccess) return error;
   p.token_tiles = static_cast<unsigned>(CeilDiv(p.token_tiles, kCluster));
   p.capacity = 0;

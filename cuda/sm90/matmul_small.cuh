@@ -34,7 +34,7 @@ struct SmallTile {
   // Whether a part can be two halves one after the other. With blocks of 8, a tile meets both halves of most chunks.
   static constexpr bool kJoinsHalves = !kPartIsHalf && kBlock > 8;
   static constexpr int kXBytes = kParts<T> * kPartBytes;
-  static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups, true>::kSharedBytes;
+  static constexpr int kOutputBytes = OutputWriter<T, kTokens, kWarpgroups, StoredFeatures(kBlock), true>::kSharedBytes;
   static constexpr int kWordBytes = kWarpgroups * 128 * 8;  // of masks, for each thread that multiplies two
   static constexpr int kFullCapacity = kFeatures * kChunk / (kBlock * kBlock);
   static constexpr int kMinCapacity = kSliceFeatures * kChunk / (kBlock * kBlock);  // what a word can name
@@ -185,8 +185,13 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
     };
     const auto copy_scale = [&](const Tile& tile, int group, const Ring& ring) {
       ArriveExpecting(ring.full(), S::kXBytes);
-      LoadTensor(stages + ring.stage() * stage_bytes, &p.scale, tile.FeatureOf(group), tile.token,
-                 p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
+      constexpr int kStored = StoredFeatures(kBlock);
+#pragma unroll
+      for (int i = 0; i < kGroup / kStored; ++i) {
+        LoadTensor(stages + ring.stage() * stage_bytes + i * S::kTokens * kStored * 2, &p.scale,
+                   Tile::FeatureOf(__ldg(tile.panels + group), i), tile.token,
+                   p.epilogue.scale_batch_stride == 0 ? 0 : tile.batch, ring.full());
+      }
     };
     if (const int producer = warp - S::kWarpgroups * 4; producer < kProducers) {
       WaitForPrerequisites();  // they pack W
@@ -211,7 +216,7 @@ __global__ void __launch_bounds__(SmallTile<T, kBlock, kTileTokens, kTileFeature
     };
 
     const auto release = [](std::uint32_t barrier) { Arrive(barrier); };
-    OutputWriter<T, S::kTokens, S::kWarpgroups, kFuses> writer(p, output, group);
+    OutputWriter<T, S::kTokens, S::kWarpgroups, StoredFeatures(kBlock), kFuses> writer(p, output, group);
     Tile tile = tiles.Load(0);
     load(tile, 0);
     for (int round = 1; tile.steps >= 0; ++round) {
@@ -351,7 +356,8 @@ cudaError_t LaunchSmall(const MatmulParams& params, cudaStream_t stream) {
   using S = SmallTile<T, kBlock, kTileTokens, kTileFeatures>;
   if (params.capacity < S::kMinCapacity || params.capacity > S::kFullCapacity) return cudaErrorInvalidValue;
   KernelParams p;
-  if (const cudaError_t error = FillParams<T>(params, S::kTokens, &p); error != cudaSuccess) return error;
+  if (const cudaError_t error = FillParams<T>(params, S::kTokens, StoredFeatures(kBlock), &p); error != cudaSuccess)
+    return error;
   if constexpr (S::kJoinsHalves) {
     TensorMapSpec halves = XMapSpec<T>(params, S::kTokens);
     halves.box_row_bytes = kHalf * sizeof(T);

@@ -1,12 +1,13 @@
 // How the matmul kernels finish their sums and write y.
 //
 // The accumulator of a warpgroup has a row for each of 64 features and a column for each token, y is the other way
-// round: the warpgroup brings 32 tokens at a time, a piece, through shared memory, from where a tensor copy stores it.
-// There is room for several pieces, so that filling one overlaps storing those before. The epilogue works on the sums
-// while they are in registers, where a lane has two features and so two biases. The slope goes the way of y. The scale
-// has come into the ring by tensor copies as chunks of x do, in stages of its own after the last step of the tile, one
-// for each warpgroup, and is read transposed, as y is written: so it arrives while products run.
-// What bounds it: memory, if the products leave it time: it reads or writes y's size twice for one of y.
+// round: the warpgroup brings 32 tokens at a time, a piece, through shared memory, from where a tensor copy stores it,
+// or two, one for each panel of 32 features, which need not be neighbours in y. There is room for several pieces, so
+// that filling one overlaps storing those before. The epilogue works on the sums while they are in registers, where a
+// lane has two features and so two biases. The slope goes the way of y. The scale has come into the ring by tensor
+// copies as chunks of x do, in stages of its own after the last step of the tile, one for each warpgroup, and is read
+// transposed, as y is written: so it arrives while products run. What bounds it: memory, if the products leave it time:
+// it reads or writes y's size twice for one of y.
 #pragma once
 
 #include <cstdint>
@@ -16,16 +17,18 @@
 
 namespace jax_blocksparse::sm90 {
 
-// A team of kWarpgroups writes a tile. Without kFuses there must be no epilogue; then none of its code takes registers
-// from the products.
-template <typename T, int kTokens, int kWarpgroups, bool kFuses>
+// A team of kWarpgroups writes a tile, kStored features together. Without kFuses there must be no epilogue; then none
+// of its code takes registers from the products.
+template <typename T, int kTokens, int kWarpgroups, int kStored, bool kFuses>
 class OutputWriter {
  public:
   // For pieces in shared memory, for each warpgroup. Where there are four of them, one works while another one waits.
   static constexpr int kRooms = kTokens < 256 ? 2 : 4;
-  static constexpr bool kIsTight = kTokens == 128;  // four warpgroups leave few registers
+  static constexpr int kStoredWarps = kStored / 16;  // that have the features stored together
+  static constexpr bool kIsTight = kTokens == 128;   // four warpgroups leave few registers
   static constexpr int kSharedBytes = kWarpgroups * kRooms * kPieceBytes;
   static_assert(kTokens % kPieceTokens == 0 && kTokens % kSumTokens == 0);
+  static_assert(kStored == kPanel || kStored == kGroup, "what a swizzle is over, in 16-bit elements");
   static_assert(kSumTokens % kPieceTokens == 0, "a piece completes column sums");
   static_assert(kPieceTokens * kGroup * 2 == kPieceBytes && kRooms >= 2, "two rooms are enough for a piece of floats");
   static_assert(kTokens / kPieceTokens % kRooms == 0, "the next tile begins with the first room again");
@@ -86,11 +89,17 @@ class OutputWriter {
   __device__ bool IsStorer() const { return threadIdx.x % 128 == 0; }
   // Of the lane's two features the first; the other one is 8 further.
   __device__ int FeatureOf(const Tile& tile) const {
-    return tile.feature + static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+    const int warp = threadIdx.x % 128 / 32;
+    return Tile::FeatureOf(tile.own, warp / kStoredWarps) + warp % kStoredWarps * 16 +
+           static_cast<int>(threadIdx.x % 32 / 4);
   }
-  // Where a lane's row of the matrices lies that are its warp's 16 features x 16 tokens, from `token` on.
+  // Where a lane's row of the matrices lies that are its warp's 16 features x 16 tokens, from `token` on, in a piece or
+  // a scale of kRows tokens.
+  template <int kRows>
   __device__ std::uint32_t MatrixRow(int token) const {
-    return Swizzled(token + (thread_ & 7) + (thread_ >> 4 & 1) * 8, thread_ / 32 * 2 + (thread_ >> 3 & 1));
+    const int row = token + (thread_ & 7) + (thread_ >> 4 & 1) * 8;
+    return thread_ / 32 / kStoredWarps * (kRows * kStored * 2) +
+           Swizzled<kStored * 2>(row, thread_ / 32 % kStoredWarps * 2 + (thread_ >> 3 & 1));
   }
 
   __device__ void WriteHalves(const float (&sum)[kTokens / 2], const Tile& tile, int token) {
@@ -177,7 +186,7 @@ class OutputWriter {
 #pragma unroll
     for (int i = 0; i < kValues; i += 8) {
       std::uint32_t scales[4];
-      LoadMatrices<true>(scales, scale + MatrixRow(first + i * 2));
+      LoadMatrices<true>(scales, scale + MatrixRow<kTokens>(first + i * 2));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 pair = Unpack<T>(scales[j]);
@@ -222,8 +231,8 @@ class OutputWriter {
   __device__ void Stage(const std::uint32_t (&packed)[kWords], int room, int token) const {
 #pragma unroll
     for (int i = 0; i < kWords; i += 4) {
-      StoreMatricesTransposed(rooms_ + room * kPieceBytes + MatrixRow(token + i * 4), packed[i], packed[i + 1],
-                              packed[i + 2], packed[i + 3]);
+      StoreMatricesTransposed(rooms_ + room * kPieceBytes + MatrixRow<kPieceTokens>(token + i * 4), packed[i],
+                              packed[i + 1], packed[i + 2], packed[i + 3]);
     }
   }
 
@@ -236,7 +245,11 @@ class OutputWriter {
   }
 
   __device__ void Store(const CUtensorMap* to, const Tile& tile, int token, int room) const {
-    StoreTensor(to, tile.feature, token, tile.batch, rooms_ + room * kPieceBytes);
+#pragma unroll
+    for (int i = 0; i < kGroup / kStored; ++i) {
+      StoreTensor(to, Tile::FeatureOf(tile.own, i), token, tile.batch,
+                  rooms_ + room * kPieceBytes + i * kPieceTokens * kStored * 2);
+    }
     CommitStores();
   }
 
@@ -256,8 +269,8 @@ class OutputWriter {
       FenceForCopies();
       SyncWarpgroup(warpgroup_ + 1);
       if (IsStorer()) {
-        StoreTensor(&p_.y, tile.feature, token + first, tile.batch, rooms_);
-        StoreTensor(&p_.y, tile.feature + 32, token + first, tile.batch, rooms_ + kPieceBytes);
+        StoreTensor(&p_.y, Tile::FeatureOf(tile.own, 0), token + first, tile.batch, rooms_);
+        StoreTensor(&p_.y, Tile::FeatureOf(tile.own, 1), token + first, tile.batch, rooms_ + kPieceBytes);
         CommitStores();
       }
     }

@@ -12,8 +12,11 @@ import numpy as np
 
 from jax_blocksparse.arrays import count_at, repeat
 
+NEIGHBOURS = 256
+"""About as many groups find partners among each other; comparing each with each would take much memory and time."""
+
 MOST_GROUPS = 1024
-"""Beyond, groups stay in order: comparing each with each would take too much memory and time."""
+"""More never do."""
 
 _ROUNDS = 8  # after which few groups are left without a partner
 _NEVER = np.iinfo(np.int32).min
@@ -27,39 +30,48 @@ def pair_up(met: jax.Array, xp: ModuleType) -> jax.Array:
     more or less than others: tiles of like work keep step, and find in L2 what they share.
 
     Args:
-      met: (groups, parts) bool, where a group has blocks; an even number of groups.
+      met: (sets, groups, parts) bool, where a group of a set has blocks; an even number of groups.
       xp: `numpy` or `jax.numpy`.
 
     Returns:
-      (groups,) the order in which the groups at 2 i and 2 i + 1 make a pair.
+      (sets, groups) the order in which the groups at 2 i and 2 i + 1 make a pair, in each set.
 
     Example:
       >>> import numpy as np
-      >>> met = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 1]], bool)
+      >>> met = np.array([[[1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 1]]], bool)
       >>> pair_up(met, np).tolist()
-      [0, 2, 1, 3]
+      [[0, 2, 1, 3]]
     """
-    groups = met.shape[0]
-    here = xp.arange(groups)
+    groups = met.shape[1]
+    here = xp.arange(groups, dtype=np.int32)
     met = met.astype(np.float32)
-    shared = (met @ met.T).astype(np.int32)
-    size = met.sum(1).astype(np.int32)
-    uneven = abs(size[:, None] + size - (2 * size.sum() + groups // 2) // groups)
+    shared = (met @ xp.swapaxes(met, 1, 2)).astype(np.int32)
+    size = met.sum(2).astype(np.int32)
+    usual = ((2 * size.sum(1) + groups // 2) // groups).astype(np.int32)
+    uneven = abs(size[:, :, None] + size[:, None] - usual[:, None, None])
     # Among equals, a neighbour; and not everybody's first choice is the same.
-    tie = ((here[:, None] + here) * 7919 + (here[:, None] - here) ** 2 % groups * 10477) % groups
+    own = (here * 7919 + here**2 % groups * 10477) % groups
+    tie = (own[:, None] + own - 2 * 10477 % groups * here[:, None] * here) % groups
     tie = xp.where(here[:, None] ^ 1 == here, groups, tie)
     liking = xp.where(here[:, None] == here, _NEVER, (2 * shared - uneven) * (groups + 1) + tie)
 
     def match(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         liking, partner = state
-        best = xp.argmax(liking, axis=1)
-        found = (best[best] == here) & (partner == groups)
-        taken = found[:, None] | found
-        return xp.where(taken, _NEVER, liking), xp.where(found, best, partner)
+        best = xp.argmax(liking, axis=2).astype(np.int32)
+        is_free = partner == groups
+        is_mutual = xp.take_along_axis(best, best, 1) == here
+        found = is_mutual & is_free & xp.take_along_axis(is_free, best, 1)
+        return xp.where(found[:, None], _NEVER, liking), xp.where(found, best, partner)
 
-    _, partner = repeat(xp, _ROUNDS, match, (liking, xp.full_like(here, groups)))
-    is_left = partner == groups
-    return xp.argsort(xp.where(is_left, groups, xp.minimum(here, partner)), stable=True)
+    _, partner = repeat(xp, _ROUNDS, match, (liking, xp.full(size.shape, groups, np.int32)))
+    return xp.argsort(xp.where(partner == groups, groups, xp.minimum(here, partner)), axis=1, stable=True)
+
+
+def _sets(groups: int, neighbours: int) -> int:
+    """Into how many sets of the same, even size, about `neighbours`, an even number of groups is divided."""
+    pairs = groups // 2
+    sizes = (2 * size for size in range(1, min(pairs, MOST_GROUPS // 2) + 1) if pairs % size == 0)
+    return groups // min(sizes, key=lambda size: max(size / neighbours, neighbours / size))
 
 
 class Arrangement(NamedTuple):
@@ -91,12 +103,6 @@ class Arrangement(NamedTuple):
         """The chunk that has this number."""
         return self.first[tile] + (turn - self.first[tile]) % self.modulus[tile]
 
-    def words(self, xp: ModuleType) -> jax.Array:
-        """(tiles, 2) the groups of each tile, two to a word, 16 bits each; the second word is 0 if there are two."""
-        pairs = self.groups.reshape(len(self.groups), -1, 2)
-        words = pairs[..., 0] | pairs[..., 1] << 16
-        return xp.pad(words, ((0, 0), (0, 2 - words.shape[1])))
-
 
 def arrange(
     xp: ModuleType,
@@ -105,6 +111,7 @@ def arrange(
     live: jax.Array,
     extents: tuple[int, int, int, int],
     *,
+    fine: int = 1,
     stays: bool = False,
 ) -> Arrangement:
     """Arranges groups so that those of a tile share much, and the chunks of each tile.
@@ -112,23 +119,26 @@ def arrange(
     Args:
       xp: `numpy` or `jax.numpy`.
       group: of each piece of the pattern, the group of output features.
-      part: of each piece, the part of the input features: the chunk, or half of it.
+      part: of each piece, the part of the input features: the chunk, or half of it, or what `fine` says.
       live: whether the piece is there.
       extents: the number of tiles, of the groups of a tile, which is a power of two, of chunks, and of parts of one.
-      stays: whether groups stay in order, as they do where there are too many.
+      fine: into how many parts each of those is cut by which the first pairs are made.
+      stays: whether groups stay in order.
     """
     tiles, per_tile, chunks, parts = extents
     count = tiles * per_tile
     groups = xp.arange(count)[:, None]  # what is together so far, a row each
-    cell = xp.where(live, group * chunks * parts + part, count * chunks * parts)
-    met = count_at(xp, cell.ravel(), count * chunks * parts).reshape(count, -1) > 0
-    if not stays and count <= MOST_GROUPS:
-        while groups.shape[1] < per_tile:
-            order = pair_up(met, xp)
-            groups = groups[order].reshape(-1, groups.shape[1] * 2)
-            met = met[order].reshape(groups.shape[0], 2, -1).any(1)
+    parts_of_all = chunks * parts * fine
+    cell = xp.where(live, group * parts_of_all + part, count * parts_of_all)
+    met = count_at(xp, cell.ravel(), count * parts_of_all).reshape(count, parts_of_all) > 0
+    while groups.shape[1] < per_tile and not stays:
+        sets = _sets(len(groups), NEIGHBOURS // (fine if groups.shape[1] == 1 else 1))
+        order = pair_up(met.reshape(sets, -1, met.shape[1]), xp)
+        order = (order + xp.arange(sets)[:, None] * order.shape[1]).ravel()
+        groups = groups[order].reshape(-1, groups.shape[1] * 2)
+        met = (met[order[::2]] | met[order[1::2]]).reshape(len(groups), chunks * parts, -1).any(2)
     place = xp.argsort(groups.ravel()).astype(np.int32)
-    met = met.reshape(tiles, -1, chunks, parts).any((1, 3))
+    met = met.reshape(tiles, -1, chunks, met.shape[1] // chunks).any((1, 3))
     first = met.argmax(1).astype(np.int32)
     extent = chunks - met[:, ::-1].argmax(1).astype(np.int32) - first
     modulus = xp.where(2 * met.sum(1) > extent, extent, chunks)

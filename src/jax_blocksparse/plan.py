@@ -17,7 +17,7 @@ import numpy as np
 from jax_blocksparse.arrays import count_at, flatten, last_flagged, order_by, sum_at
 from jax_blocksparse.geometry import is_live
 from jax_blocksparse.grouping import Arrangement, arrange
-from jax_blocksparse.plan_layout import CHUNK, GROUP, HALF, Plan, PlanLayout
+from jax_blocksparse.plan_layout import CHUNK, GROUP, HALF, PANEL, Plan, PlanLayout
 
 _DEPTH = 16  # input features of one product
 
@@ -68,13 +68,17 @@ def _make_packed(
     b, tile_features, slices, size = layout.block_size, layout.tile_features, layout.slices, layout.max_steps
     in_slice, in_half = layout.slice_features // b, HALF // b  # block columns of a slice, block rows of a half
     cells = layout.tiles * layout.chunks
-    group, half = xp.where(live, cols * b // GROUP, 0), rows * b // HALF
-    arranged = arrange(xp, group, half, live, (layout.tiles, layout.groups, layout.chunks, 2))
-    tile = arranged.tile[group]
+    stored, half = layout.stored_features, rows * b // HALF
+    unit = xp.where(live, cols * b // stored, 0)  # a panel or a group
+    # Panels should share a group if that makes the fewest products, of 16 input features.
+    fine = HALF // _DEPTH if stored == PANEL else 1
+    extents = layout.tiles, layout.tile_features // stored, layout.chunks, 2
+    arranged = arrange(xp, unit, rows * b * fine // HALF, live, extents, fine=fine)
+    tile = arranged.tile[unit]
     place = (tile * layout.chunks + arranged.turn_of(tile, half // 2)) * 2 + half % 2
     place, halves = _join_halves(xp, xp.where(live, place, cells * 2), arranged, layout)
     cell, side = place // 2, place % 2
-    slice_ = arranged.place[group] * (GROUP // layout.slice_features) + cols * b % GROUP // layout.slice_features
+    slice_ = (arranged.place[unit] * stored + cols * b % stored) // layout.slice_features
     bit = (side * in_half + rows % in_half) * in_slice + cols % in_slice
 
     order = order_by(xp, cell, slice_ * 16 + bit, slices * 16)
@@ -152,7 +156,7 @@ def _masks(xp: ModuleType, present: jax.Array, counts: jax.Array, apart: jax.Arr
         occupied = anywhere >> (depth * _DEPTH // b * in_slice) & ((1 << bits) - 1)
         groups = groups | (occupied != 0) << depth
     groups = xp.repeat(groups, in_group, axis=-1)
-    return present | groups << 16 | (xp.cumsum(counts, -1) - counts) << 20 | apart[:, None] << 28
+    return present | groups << 16 | (xp.cumsum(counts, -1, dtype=np.int32) - counts) << 20 | apart[:, None] << 28
 
 
 def _make_by_id(
@@ -186,9 +190,12 @@ def _make_by_id(
 def _sort_tiles(
     xp: ModuleType, tile: jax.Array, work: jax.Array, arranged: Arrangement, layout: PlanLayout
 ) -> jax.Array:
-    """Makes the list of tiles of the tile and the work of each step, and of the groups of the tiles."""
+    """Makes the list of tiles of the tile and the work of each step, and of what each tile stores."""
     steps = count_at(xp, tile, layout.tiles)
     first = xp.cumsum(steps) - steps
     by_work = xp.argsort(-sum_at(xp, tile, work, layout.tiles), stable=True)
-    words = arranged.words(xp)[by_work]
-    return xp.stack([words[:, 0], first[by_work], steps[by_work], words[:, 1]], -1)
+    stored = layout.stored_features // PANEL
+    panels = (arranged.groups[:, :, None] * stored + xp.arange(stored)).reshape(layout.tiles, -1, GROUP // PANEL)
+    words = panels[..., 0] | panels[..., 1] << 16
+    words = xp.pad(words, ((0, 0), (0, 4 - layout.groups)))[by_work]
+    return xp.pad(xp.column_stack([words, first[by_work], steps[by_work]]), ((0, 0), (0, 2)))

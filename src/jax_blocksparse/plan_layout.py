@@ -17,6 +17,9 @@ HALF = 32
 GROUP = 64
 """Output features in a group: those of one product of the tensor cores."""
 
+PANEL = 32
+"""Output features of which a group has two."""
+
 _LARGE_TILE = 128  # output features of a tile of large blocks, so that those of a block of 128 are together
 
 
@@ -72,6 +75,11 @@ class PlanLayout:
         return max(16, self.block_size)
 
     @property
+    def stored_features(self) -> int:
+        """Output features that stay together. As in sm90/matmul.h."""
+        return PANEL if self.block_size == 16 else GROUP
+
+    @property
     def slices(self) -> int:
         """Slices of a tile."""
         return self.tile_features // self.slice_features if self.packs else 0
@@ -92,7 +100,7 @@ class PlanLayout:
     def shapes(self) -> "Plan":
         """The shapes of the lists."""
         return Plan(
-            tiles=(self.tiles, 4),
+            tiles=(self.tiles, 8),
             steps=(self.max_steps, 4),
             masks=(self.slices, self.max_steps),
             order=(self.nnz if self.packs else 0,),
@@ -103,8 +111,8 @@ class Plan(NamedTuple):
     """The lists, all int32.
 
     Attributes:
-      tiles: (tiles, 4). Per tile, those with most work first: its first two groups, 16 bits each, its first step, how
-        many it has, the other two groups.
+      tiles: (tiles, 8). Per tile, those with most work first: the panels of up to four groups, two of 16 bits in a word
+        each, its first step, how many it has, and two unused words.
       steps: (max_steps, 4). Blocks of 8 to 32: first half of a chunk, position in `order` of the first block, number of
         blocks, second half (negative where there is none). Blocks of 64 and 128: chunk, id of the block that meets the
         tile's first group, id for the other one (negative where there is none), 0.
