@@ -20,7 +20,7 @@ constexpr int SddmmCapacity(int unit) { return unit == 16 ? 160 : unit == 32 ? 4
 constexpr int SddmmMaxSlabs(int unit) { return unit == 128 ? 4 : unit == 64 ? 14 : 28; }
 
 // The most CTAs that can share a tile's tokens, as a cluster.
-constexpr int kMaxSddmmSplit = 4;
+constexpr int kMaxSddmmSplit = 5;
 
 // A batch size of 1 shares an operand between all batch elements.
 struct SddmmParams {

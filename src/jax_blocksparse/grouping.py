@@ -4,6 +4,8 @@ A tile reads the union of what its groups read. Of random columns, those put tog
 fifth smaller than neighbours have; of columns in no particular order that belong together, a much smaller one.
 """
 
+import functools
+import operator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -136,7 +138,9 @@ def arrange(
         order = pair_up(met.reshape(sets, -1, met.shape[1]), xp)
         order = (order + xp.arange(sets)[:, None] * order.shape[1]).ravel()
         groups = groups[order].reshape(-1, groups.shape[1] * 2)
-        met = (met[order[::2]] | met[order[1::2]]).reshape(len(groups), chunks * parts, -1).any(2)
+        met = met[order[::2]] | met[order[1::2]]
+        each = met.shape[1] // (chunks * parts)
+        met = functools.reduce(operator.or_, (met[:, i::each] for i in range(each)))
     place = xp.argsort(groups.ravel()).astype(np.int32)
     met = met.reshape(tiles, -1, chunks, met.shape[1] // chunks).any((1, 3))
     first = met.argmax(1).astype(np.int32)

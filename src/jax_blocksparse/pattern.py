@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_blocksparse import plan, plan_layout, sddmm_layout, sddmm_plan
-from jax_blocksparse.arrays import count_up_to, flat_size, order_by
+from jax_blocksparse.arrays import count_up_to, flat_size, keep_freed_memory, order_by
 from jax_blocksparse.geometry import block_grid, check_block_size, check_geometry, is_live
 from jax_blocksparse.plan_layout import PlanLayout
 from jax_blocksparse.sddmm_layout import SddmmLayout
@@ -284,6 +284,8 @@ def _plans(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(y_plan, dx_plan, dw_plan), by NumPy on the host or jax.numpy under jit."""
     y_layout, dx_layout, dw_layout = _layouts(shape, block_size, rows.shape[0])
+    if xp is np:
+        keep_freed_memory()
     return (
         plan.make_flat_plan(rows, cols, y_layout, xp),
         plan.make_flat_plan(cols, rows, dx_layout, xp),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jax_blocksparse.geometry import block_grid
+from jax_blocksparse.sddmm_cost import AT_ONCE, FEW_SLABS, PAIRED_AT_ONCE, at_once, expected_time
 
 CAPACITY = {16: 160, 32: 48, 64: 12, 128: 3}
 """By unit: the number that a tile can have. As in sddmm.h."""
@@ -16,8 +17,6 @@ MAX_SLABS = {16: 28, 32: 28, 64: 14, 128: 4}
 """By unit: the number of slabs that a tile can need. As in sddmm.h."""
 _WARPS = 8
 """That multiply the units of a tile. As in sddmm_common.cuh."""
-_FEW_SLABS = 18
-"""Of small units: the slabs of which three stages fit into shared memory."""
 _SLAB_COST = {16: 4, 32: 3, 64: 1, 128: 1}
 """By unit: how many units take as long to multiply as it takes to copy a slab, about."""
 
@@ -107,7 +106,7 @@ class SddmmLayout:
         if self.split == 1:
             return self.max_units > _LEAST_FOR_PAIRS
         sparse = 8 * self.max_units <= math.prod(self.units)
-        in_one_wave = self.max_units <= _PAIRED_AT_ONCE.get(self.split, 0) * self.capacity
+        in_one_wave = self.max_units <= PAIRED_AT_ONCE.get(self.split, 0) * self.capacity
         return self.unit < 64 and sparse and in_one_wave and self.max_units > _LEAST_IF_SHARED
 
     @property
@@ -126,8 +125,8 @@ class SddmmLayout:
             return ((self.capacity, self.max_dy_slabs),)
         if self.unit >= 64:
             return ((self.capacity, self.max_x_slabs),)
-        even = min(self.capacity, -(-self.max_units // (_WARPS * self.target)) * _WARPS)
-        few = max(1, _FEW_SLABS - self.max_dy_slabs)
+        even = min(self.capacity, -(-max(1, self.max_units) // (_WARPS * self.target)) * _WARPS)
+        few = max(1, FEW_SLABS - self.max_dy_slabs)
         return (even, few), (self.capacity, few), (self.capacity, self.max_x_slabs)
 
     @property
@@ -197,25 +196,9 @@ class SddmmPlan(NamedTuple):
 
 _LEAST_FOR_PAIRS, _LEAST_IF_SHARED = 132, 1536
 """With fewer units, tiles have few, and pairs save too little; the second if CTAs share tiles besides."""
-_AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30}
-"""By the number of CTAs that share a tile: the tiles that an H100 works on at a time."""
-_PAIRED_AT_ONCE = {1: 132, 2: 60, 4: 30}
-"""The same if each cluster has two."""
-
+_WAVES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _NARROWER = 0.06
 """The part of all features of dy that the last strip may be narrower than the others."""
-
-# Microseconds that a tile of 8192 tokens takes, measured on an H100, by unit.
-_START = {16: 26.0, 32: 15.0, 64: 45.0, 128: 28.0}
-_COPY = {16: 11.5, 32: 11.8, 64: 9.0, 128: 18.0}  # of a slab
-_MULTIPLY = {16: 1.63, 32: 4.7, 64: 9.3, 128: 32.0}  # of a unit
-_BEHIND = {16: 0.2, 32: 0.2, 64: 0.02, 128: 0.02}  # of the shorter of the two, which goes on behind the longer
-_CROWDED = 14.0  # each slab of units of 64 beyond nine takes besides: stages get large, and few fit
-# Of copies, where units are small:
-_OF_X = 1.25  # slabs of x, which no pair copies at once
-_APART = 1.36  # where CTAs share tiles and are not in pairs: few copy the same at a time
-_TWO_STAGES = 1.17  # if there is room for two stages only
-_NEEDED = 0.71  # the part of a strip's slabs of dy that a tile needs: its rows need the same ones
 
 
 @functools.cache
@@ -227,7 +210,7 @@ def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int
       >>> layout.unit, layout.strip, layout.target, layout.split
       (64, 64, 132, 1)
     """
-    return min(_layouts(in_features, out_features, block_size, nnz), key=_expected_time)
+    return min(_layouts(in_features, out_features, block_size, nnz), key=expected_time)
 
 
 def _layouts(in_features: int, out_features: int, block_size: int, nnz: int) -> Iterator[SddmmLayout]:
@@ -239,67 +222,16 @@ def _layouts(in_features: int, out_features: int, block_size: int, nnz: int) -> 
         for width in range(1, min(widest, dy_slabs) + 1):
             if -dy_slabs % width > _NARROWER * dy_slabs:
                 continue  # the last strip would be much narrower
-            for split in _AT_ONCE:
+            for split in AT_ONCE:
                 layout = SddmmLayout(in_features, out_features, block_size, nnz, unit, width * slab, 1, split)
-                shared_by_two = split == 2 and block_size == 128 and nnz <= _AT_ONCE[2]
+                shared_by_two = split == 2 and block_size == 128 and nnz <= AT_ONCE[2]
                 if unit == 128 and split > 1 and not shared_by_two:
                     continue  # not faster, as measured
-                for waves in (1,) if split > 1 and layout.paired else (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
-                    yield dataclasses.replace(layout, target=waves * _at_once(layout))
-
-
-def _at_once(layout: SddmmLayout) -> int:
-    return _PAIRED_AT_ONCE[layout.split] if layout.paired else _AT_ONCE[layout.split]
-
-
-def _tiles(strips: float, units: float, most: int) -> int:
-    """The tiles of strips of so many units, the last of which may be narrower."""
-    return int(strips) * math.ceil(units / most) + math.ceil(strips % 1 * units / most)
-
-
-def _expected_time(layout: SddmmLayout) -> float:
-    per_slab = layout.slab // layout.unit
-    dy_slabs = layout.strip // layout.slab
-    density = min(1.0, layout.nnz / math.prod(layout.grid))
-    density = 1 - (1 - density) ** (layout.ratio**2)  # of units
-    in_row = per_slab**2 * dy_slabs  # units of a row of slabs
-    rows = layout.slab_rows * (1 - (1 - density) ** in_row)  # that a strip needs
-    units = layout.slab_rows * in_row * density
-    strips = layout.out_features / layout.strip
-    if layout.crosses_strips:
-        of_strip = max(1, layout.target // layout.strips, math.ceil(units / layout.capacity))
-        tiles = layout.strips * of_strip
-        if tiles > layout.target:  # a tile goes on in the next strip, if only to be full
-            full = min(layout.capacity, math.ceil(strips * units / layout.target))
-            tiles, units = math.ceil(strips * units / full), full
-            x_slabs, dy_slabs = units, 2 * dy_slabs
-        else:
-            x_slabs = units = math.ceil(units / of_strip)
-    else:
-        least = layout.limits[0][0] if layout.unit < 64 else math.ceil(units * strips / layout.target)
-        fitting = (
-            most for most in range(max(1, least), layout.capacity) if _tiles(strips, units, most) <= layout.target
-        )
-        full = next(fitting, layout.capacity)
-        tiles = max(layout.target, _tiles(strips, units, full))
-        of_strip = tiles // strips if tiles >= strips else tiles / strips
-        x_slabs, units = rows / of_strip, full
-        if of_strip > 1:  # tiles end within rows, the more often the more units these have
-            x_slabs += max(0.0, 1 - 2 / max(1.0, in_row * density))
-        if layout.unit < 64:
-            in_column = x_slabs * per_slab**2 * (2 if layout.paired else 1)  # units of a column of slabs, or two tiles'
-            dy_slabs *= _NEEDED * (1 - (1 - density) ** in_column)
-    if units > layout.capacity or x_slabs > layout.max_x_slabs:
-        return math.inf
-    waves, slabs = math.ceil(tiles / _at_once(layout)), x_slabs + dy_slabs
-    copy, multiply = _COPY[layout.unit] * slabs, _MULTIPLY[layout.unit] * units
-    if layout.unit < 64:
-        copy += _COPY[layout.unit] * (_OF_X - 1) * x_slabs
-        if layout.split > 1 and not layout.paired:
-            copy *= _APART
-        elif slabs > _FEW_SLABS - 1:
-            copy *= _TWO_STAGES
-    elif layout.unit == 64:
-        copy += _CROWDED * max(0, slabs - 9)
-    busy = max(copy, multiply) + _BEHIND[layout.unit] * min(copy, multiply)
-    return waves * (_START[layout.unit] + busy / layout.split)
+                together, waves = at_once(layout), _WAVES
+                if unit < 64 and split > 1 and layout.paired:
+                    waves = _WAVES[:1]
+                elif unit < 64:  # no fewer than hold all units, and few more
+                    enough = [wave for wave in _WAVES if wave * together * layout.capacity >= layout.max_units]
+                    waves = enough[:5] or _WAVES[-1:]
+                for wave in waves:
+                    yield dataclasses.replace(layout, target=wave * together)

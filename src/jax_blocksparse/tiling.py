@@ -98,7 +98,7 @@ def even_tiles(
     tiles = tiles + tiles % 2 * in_pairs
     size_of_strip = end - units.begin + slab_cost * xp.diff(xp.pad(slabs, (1, 0))[xp.pad(end, (1, 0))])
     least = xp.clip(-(-size_of_strip // xp.maximum(1, tiles[0])), smallest, fitting)
-    sizes = least + -(-(fitting - least) * xp.arange(5)[:, None] // 4)
+    sizes = least + -(-(fitting - least) * xp.arange(4)[:, None] // 3)
     fits = _count_tiles(xp, units, sizes, ends, layout.tiles) <= tiles
     sizes = xp.take_along_axis(sizes, xp.argmax(fits, 0)[None], 0)
     return new_unit & _begin_tiles(xp, units, sizes, ends, layout.tiles)[number]
@@ -153,7 +153,9 @@ def _walk(units: _Units, sizes: np.ndarray, ends: np.ndarray) -> list[list[int]]
         first = []
         while at < end:
             first.append(at)
-            at = min(up_to_size[size_before[at] + size], ends[at])
+            by_size, at = up_to_size[size_before[at] + size], ends[at]
+            if by_size < at:
+                at = by_size
         strips.append(first)
     return strips
 
