@@ -25,7 +25,7 @@ _BEHIND = {16: 0.12, 32: 0.12, 64: 0.02, 128: 0.02}  # of the shorter of the two
 _CROWDED = 14.0  # each slab of units of 64 beyond nine takes besides: stages get large, and few fit
 # Of copies, where units are small:
 _OF_X = 1.54  # slabs of x, which no pair copies at once
-_APART = {2: 1.22, 3: 1.2, 4: 1.3, 5: 1.2}  # where so many share tiles, not in pairs: few copy the same
+_APART = {2: 1.22, 3: 1.25, 4: 1.3, 5: 1.2}  # where so many share tiles, not in pairs: few copy the same
 _TWO_STAGES = 1.22  # if there is room for two stages only
 _ALIKE = 0.34  # the part of a strip's slabs of dy that a tile does not need since its rows need the same ones, at most
 
