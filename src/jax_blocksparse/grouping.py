@@ -21,7 +21,7 @@ MOST_GROUPS = 1024
 """More never do."""
 
 _ROUNDS = 8  # after which few groups are left without a partner
-_NEVER = np.iinfo(np.int32).min
+_NEVER, _ALWAYS = np.int32(np.iinfo(np.int32).min), np.int32(np.iinfo(np.int32).max)
 
 
 def pair_up(met: jax.Array, xp: ModuleType) -> jax.Array:
@@ -63,7 +63,7 @@ def pair_up(met: jax.Array, xp: ModuleType) -> jax.Array:
         is_free = partner == groups
         is_mutual = xp.take_along_axis(best, best, 1) == here
         found = is_mutual & is_free & xp.take_along_axis(is_free, best, 1)
-        return xp.where(found[:, None], _NEVER, liking), xp.where(found, best, partner)
+        return xp.minimum(liking, xp.where(found, _NEVER, _ALWAYS)[:, None]), xp.where(found, best, partner)
 
     _, partner = repeat(xp, _ROUNDS, match, (liking, xp.full(size.shape, groups, np.int32)))
     return xp.argsort(xp.where(partner == groups, groups, xp.minimum(here, partner)), axis=1, stable=True)
@@ -145,5 +145,5 @@ def arrange(
     met = met.reshape(tiles, -1, chunks, met.shape[1] // chunks).any((1, 3))
     first = met.argmax(1).astype(np.int32)
     extent = chunks - met[:, ::-1].argmax(1).astype(np.int32) - first
-    modulus = xp.where(2 * met.sum(1) > extent, extent, chunks)
+    modulus = xp.where(2 * met.sum(1) > extent, extent, chunks).astype(np.int32)
     return Arrangement(groups.reshape(tiles, per_tile), place // per_tile, place % per_tile, first, modulus)

@@ -83,12 +83,12 @@ def _make_packed(
 
     order = order_by(xp, cell, slice_ * 16 + bit, slices * 16)
     cell, slice_, bit = cell[order], slice_[order], bit[order]
-    position = xp.arange(layout.nnz)
+    position = xp.arange(layout.nnz, dtype=np.int32)
     count = count_at(xp, cell, cells)
-    first = xp.pad(xp.cumsum(count) - count, (0, 1))
+    first = xp.pad(xp.cumsum(count, dtype=np.int32) - count, (0, 1))
     rank = position - first[cell]
     opens_step = (rank % layout.capacity == 0) & (cell < cells)
-    step = xp.where(cell < cells, xp.cumsum(opens_step) - 1, size)
+    step = xp.where(cell < cells, xp.cumsum(opens_step, dtype=np.int32) - 1, size)
 
     opened = xp.where(opens_step, step, size)
     blocks = count_at(xp, step, size)
@@ -132,7 +132,7 @@ def _join_halves(
     here = xp.arange(cells)
     home = xp.where(joins, last_flagged(xp, is_alone & ~joins), here)
     side = xp.where(is_alone[:, None], rank[:, None] % 2, sides)
-    new_place = (home[:, None] * 2 + side).ravel()
+    new_place = (home[:, None] * 2 + side).ravel().astype(np.int32)
     number = arranged.chunk_at(here // layout.chunks, here % layout.chunks)[:, None] * 2 + sides
     halves = sum_at(xp, xp.where(met.ravel(), new_place, cells * 2), number.ravel() + 1, cells * 2).reshape(-1, 2) - 1
     return xp.pad(new_place, (0, 1), constant_values=cells * 2)[place], halves
@@ -154,7 +154,7 @@ def _masks(xp: ModuleType, present: jax.Array, counts: jax.Array, apart: jax.Arr
     groups = xp.zeros_like(anywhere)
     for depth in range(CHUNK // _DEPTH):
         occupied = anywhere >> (depth * _DEPTH // b * in_slice) & ((1 << bits) - 1)
-        groups = groups | (occupied != 0) << depth
+        groups = groups | (occupied != 0).astype(np.int32) << depth
     groups = xp.repeat(groups, in_group, axis=-1)
     return present | groups << 16 | (xp.cumsum(counts, -1, dtype=np.int32) - counts) << 20 | apart[:, None] << 28
 

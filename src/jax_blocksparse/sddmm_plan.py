@@ -86,7 +86,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
         needed = xp.maximum(needed, xp.where(alike[:, None], needed[other], 0))
     exists = (needed > 0).astype(np.int32)
     x_slabs = sum_at(xp, tile, new_slab, layout.tiles)
-    dy_ranks = x_slabs[:, None] + xp.cumsum(exists, 1) - exists
+    dy_ranks = x_slabs[:, None] + xp.cumsum(exists, 1, dtype=np.int32) - exists
     dy_rank = dy_ranks[xp.minimum(tile, layout.tiles - 1), in_tile]
 
     nowhere = layout.tiles * layout.max_slabs
@@ -129,7 +129,7 @@ def _sorted_rows(
         code = code ^ code >> shift
     order = order_by(xp, xp.arange(layout.strips * rows) // rows, code, 1 << slabs_of_strip)
     places = put_at(xp, order, xp.arange(order.size), order.size)
-    return (places[:, None] * per_slab + xp.arange(per_slab)).ravel()
+    return (places[:, None] * per_slab + xp.arange(per_slab)).ravel().astype(np.int32)
 
 
 def make_flat_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleType) -> jax.Array:
