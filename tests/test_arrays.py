@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_blocksparse.arrays import count_up_to, last_flagged, order_by
+from jax_blocksparse.arrays import count_up_to, last_flagged, order_by, order_of
 
 MODULES = pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
 
@@ -20,6 +20,14 @@ def test_order_is_stable_by_both_numbers(xp, largest, minors):
     minor[::2] = minor[0]
     order = order_by(xp, xp.asarray(major), xp.asarray(minor), minors)
     np.testing.assert_array_equal(order, np.lexsort((minor, major)))
+
+
+@MODULES
+@pytest.mark.parametrize("largest", [3, 2**31 - 1])
+def test_order_of_numbers_is_stable(xp, largest):
+    key = np.random.default_rng(0).integers(-largest - 1, largest, 500, endpoint=True).astype(np.int32)
+    key[::3] = key[0]
+    np.testing.assert_array_equal(order_of(xp, xp.asarray(key)), np.argsort(key, kind="stable"))
 
 
 @MODULES

@@ -1,5 +1,6 @@
 """Plans of sampled products, read the way the kernels read them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -152,6 +153,48 @@ def test_tiles_of_uneven_patterns_are_as_few_as_those_of_even_ones(block, split,
     plan = make_plan(rows, cols, layout, np)
     assert units_and_slabs(plan)[0].size <= target
     assert sorted(read(plan, layout)) == expected(rows, cols, layout)
+
+
+@pytest.mark.parametrize("kind", ["random", "skewed", "banded"])
+def test_tiles_have_no_more_than_full_work_for_the_warps_and_three_stages(kind):
+    make = {"random": patterns.random, "skewed": patterns.barabasi_albert, "banded": patterns.banded}[kind]
+    pattern = make((4096, 4096), 32, density=0.25)
+    layout = SddmmLayout(4096, 4096, 32, pattern.nnz, 32, 512, target=132, split=1)
+    units, slabs = units_and_slabs(make_plan(np.asarray(pattern.rows), np.asarray(pattern.cols), layout, np))
+    assert units.size <= 132
+    assert units.max() == 32
+    assert slabs.max() <= 18
+
+
+def test_tiles_have_room_for_three_stages_if_that_takes_no_more_of_them():
+    pattern = patterns.barabasi_albert((4096, 4096), 32, density=0.1)
+    layout = SddmmLayout(4096, 4096, 32, pattern.nnz, 32, 704, target=60, split=2)
+    units, slabs = units_and_slabs(make_plan(np.asarray(pattern.rows), np.asarray(pattern.cols), layout, np))
+    assert units.size <= 60
+    assert layout.limits[0][0] < units.max() <= layout.capacity
+    assert slabs.max() == 18
+
+
+def test_tiles_have_more_units_where_too_few_tiles_would_be_left():
+    rows, cols = (each.ravel().astype(np.int32) for each in np.indices((33, 16)))  # in tiles of 32, one too many
+    layout = SddmmLayout(33 * 32, 16 * 32, 32, rows.size, 32, 512, target=16, split=1)
+    assert layout.limits[0][0] == 40
+    pattern = rows, cols, dataclasses.replace(layout, target=17)
+    assert pattern[2].limits[0][0] == 32
+    units, _ = units_and_slabs(make_plan(*pattern, np))
+    assert (units.size, units.max()) == (17, 32)
+    units, _ = units_and_slabs(make_plan(rows, cols, layout, np))
+    assert units.size <= 16
+    assert units.max() > 32
+
+
+def test_strips_have_an_even_number_of_tiles_where_these_are_in_pairs():
+    pattern = patterns.random((4096, 4096), 32, density=0.25)
+    layout = SddmmLayout(4096, 4096, 32, pattern.nnz, 32, 512, target=132, split=1)
+    assert layout.paired
+    plan = make_plan(np.asarray(pattern.rows), np.asarray(pattern.cols), layout, np)
+    strips = plan.tiles[:-1, 2][np.diff(plan.tiles[:, 1]) > 0] >> 16
+    assert (np.bincount(strips) % 2 == 0).all()
 
 
 @pytest.mark.parametrize("target", [4, 5, 7, 20])

@@ -116,10 +116,10 @@ class SddmmLayout:
 
     @property
     def limits(self) -> tuple[tuple[int, int], ...]:
-        """What tiles may have at most, units and slabs of what they are taken by, the rows of slabs.
+        """The most units and slabs of x (of dy, where tiles cross strips) of a tile, the strictest limits first.
 
-        Where the target allows, of small units no more than make full work for all warps, and slabs that leave room for
-        three stages.
+        Small units: as many as make full work for all warps, if the target allows, and slabs as leave room for three
+        stages; or only the latter; or as many as a tile can have.
         """
         if self.crosses_strips:
             return ((self.capacity, self.max_dy_slabs),)
