@@ -8,7 +8,7 @@
 // block of zeros. A piece without any block costs no product. So the tensor cores see the union of the 64 features'
 // columns, and a chunk of x is copied once for the union of the tile's columns. CTAs are persistent, so that copies of
 // the next tile run while y is written. What bounds it: the tensor cores at high density (at 16 x 16 and density .5,
-// 94 % of the dense products remain), else filling shared memory from L2 and the latency of a step, a chain of some
+// 91 % of the dense products remain), else filling shared memory from L2 and the latency of a step, a chain of some
 // hundred instructions in each warp.
 #pragma once
 

@@ -197,6 +197,7 @@ class SddmmPlan(NamedTuple):
 _LEAST_FOR_PAIRS, _LEAST_IF_SHARED = 132, 1536
 """With fewer units, tiles have few, and pairs save too little; the second if CTAs share tiles besides."""
 _WAVES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""How often all CTAs take a tile, of which the best number is sought; a few from the least that is enough on."""
 _NARROWER = 0.06
 """The part of all features of dy that the last strip may be narrower than the others."""
 

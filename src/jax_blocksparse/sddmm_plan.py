@@ -1,10 +1,10 @@
 """Plans: the lists that tell the Hopper kernels of the blocks of x^T dy what to copy, multiply and store.
 
 The kernels work on units: squares of features that are the pattern's blocks, or larger and hold several. The columns of
-units are cut into strips, and the units of a strip, taken row by row, into tiles of about the same number or the same
-work, at most what a CTA's registers hold; tiles of units of 64 may end in the strip after the one they begin in. A tile
-needs some slabs of x and of dy: 64 neighbouring features (128 for units of 128). Everything here is static in size, so
-that a plan can be made by NumPy on the host or by jax.numpy under jit.
+units are cut into strips, and the units of a strip, taken row by row, into tiles of about the same work, at most what a
+CTA's registers hold (`tiling.py`); tiles of units of 64 may end in the strip after the one they begin in. A tile needs
+some slabs of x and of dy: 64 neighbouring features (128 for units of 128). Everything here is static in size, so that a
+plan can be made by NumPy on the host or by jax.numpy under jit.
 """
 
 import math

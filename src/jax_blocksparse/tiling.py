@@ -75,11 +75,16 @@ def even_tiles(
         half, end_of_column = layout.capacity // 2, up_to_slab[slabs]
         ends = xp.minimum(ends, end_of_column + xp.where(end_of_column - index > half, 0, half))
 
+    def count(sizes: jax.Array, ends: jax.Array, to: int | jax.Array = 1) -> jax.Array:
+        """The tiles of each strip for rows of sizes, in multiples of a number."""
+        return -(-_count_tiles(xp, units, sizes, ends, layout.tiles) // to) * to
+
     # The strictest limits with which the target is enough, else the last; and whether it is for even numbers of tiles.
-    tiles = _count_tiles(xp, units, xp.full((len(layout.limits), 1), largest), ends, layout.tiles)
+    tiles = count(xp.full((len(layout.limits), 1), largest), ends)
     fits = tiles.sum(1) <= layout.target
     best = xp.where(fits.any(), xp.argmax(fits), len(layout.limits) - 1)
     ends, in_pairs = ends[best][None], layout.pairs_in_strips & ((tiles[best] + tiles[best] % 2).sum() <= layout.target)
+    together = xp.where(in_pairs, 2, 1)
 
     # The least size that the target allows, found to a quarter, a sixteenth, a 64th.
     tries = xp.arange(4)
@@ -87,19 +92,17 @@ def even_tiles(
     fitting = xp.full_like(least, largest)
     for fraction in (4, 16, 64):
         sizes = xp.minimum(size + xp.maximum(1, least // fraction) * tries, largest)
-        tiles = _count_tiles(xp, units, sizes[:, None], ends, layout.tiles)
-        fits = (tiles + tiles % 2 * in_pairs).sum(1) <= layout.target
+        fits = count(sizes[:, None], ends, together).sum(1) <= layout.target
         first = xp.argmax(fits)
         fitting = xp.where(fits.any(), sizes[first], fitting)
         size = sizes[xp.where(fits.any(), xp.maximum(first - 1, 0), 3)]
 
     # For each strip the least that takes no more tiles.
-    tiles = _count_tiles(xp, units, fitting[None, None], ends, layout.tiles)
-    tiles = tiles + tiles % 2 * in_pairs
+    tiles = count(fitting[None, None], ends, together)
     size_of_strip = end - units.begin + slab_cost * xp.diff(xp.pad(slabs, (1, 0))[xp.pad(end, (1, 0))])
     least = xp.clip(-(-size_of_strip // xp.maximum(1, tiles[0])), smallest, fitting)
     sizes = least + -(-(fitting - least) * xp.arange(4)[:, None] // 3)
-    fits = _count_tiles(xp, units, sizes, ends, layout.tiles) <= tiles
+    fits = count(sizes, ends) <= tiles
     sizes = xp.take_along_axis(sizes, xp.argmax(fits, 0)[None], 0)
     return new_unit & _begin_tiles(xp, units, sizes, ends, layout.tiles)[number]
 
