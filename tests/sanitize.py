@@ -33,13 +33,14 @@ SHAPE = (328, 392)  # what tensor copies accept, and multiples of no tile
 ODD_SHAPE = (61, 45)
 TINY_SHAPE = (120, 104)  # of which all fits into shared memory
 PAIRED = ((128, (2056, 2056)), (32, (3080, 2056)))  # large enough for tiles of dW that share copies
-# Tiles that five, four, three or, in pairs, four and two share.
+# Tiles that five, four, three or, in pairs, four and two share; the last in units of 64.
 SHARED = (
     (32, (2056, 2056), 0.15),
     (64, (3080, 1032), 0.25),
     (32, (4104, 4104), 0.085),
     (16, (2056, 2056), 0.1),
     (32, (4104, 4104), 0.1),
+    (32, (2056, 2056), 0.03),
 )
 MANY_TOKENS = 4400  # with these shapes, more tiles of any size than an H100 has SMs
 WIDE, TALL, SQUARE = (136, 1032), (1032, 136), (1032, 1032)

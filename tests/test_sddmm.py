@@ -87,6 +87,10 @@ def test_waves_of_tiles_equal_the_dense_product(shape, density, dtype):
     ("block_size", "shape", "density", "split", "paired"),
     [
         (64, (2056, 2056), 0.3, 2, False),
+        (64, (2056, 2056), 0.2, 3, False),
+        (64, (3080, 1032), 0.25, 4, False),
+        (64, (2056, 2056), 0.05, 5, False),
+        (32, (2056, 2056), 0.03, 5, False),  # in units of 64
         (32, (4104, 4104), 0.08, 3, False),
         (32, (4104, 4104), 0.05, 4, False),
         (16, (2056, 2056), 0.08, 5, False),

@@ -14,7 +14,7 @@ from jax_blocksparse.sddmm_layout import MAX_SLABS, SddmmLayout, choose_layout
 from jax_blocksparse.sddmm_plan import make_flat_plan, make_plan
 
 SHAPES = [(8, 8), (200, 136), (256, 512), (328, 776), (640, 1000)]
-UNITS = [(8, 16), (8, 128), (16, 16), (16, 128), (32, 32), (32, 128), (64, 64), (128, 128)]
+UNITS = [(8, 16), (8, 128), (16, 16), (16, 128), (32, 32), (32, 64), (32, 128), (64, 64), (128, 128)]
 
 
 def make_case(block, unit, shape, density, strip=256, target=3, seed=0):
@@ -242,6 +242,18 @@ def test_chosen_layout_is_bounded_by_the_number_of_blocks(block, density):
     assert layout.unit % block == 0
     assert layout.unit < 64 or layout.strip == layout.unit
     assert flat_size(layout) <= 64 * nnz + 40 * layout.strips
+
+
+def test_few_blocks_of_32_are_computed_in_units_of_64():
+    shape = 4096, 4096
+    for density, unit in ((0.02, 64), (0.05, 32), (0.25, 32), (1.0, 128)):
+        assert choose_layout(*shape, 32, round(4096**2 * density / 32**2)).unit == unit
+
+
+def test_a_layout_is_for_no_fewer_tiles_than_columns_can_share():
+    # Each has eight blocks, more than the half of a tile that one of two columns can have.
+    layout = choose_layout(2048, 2048, 64, 8 * 32)
+    assert (layout.unit, layout.target) == (64, 66)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (136, 8), (8, 4104)])

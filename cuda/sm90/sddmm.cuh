@@ -2,6 +2,7 @@
 #pragma once
 
 #include "sddmm_large.cuh"
+#include "sddmm_launch.cuh"
 #include "sddmm_small.cuh"
 #include "sddmm_tf32.cuh"
 

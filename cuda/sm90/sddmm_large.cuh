@@ -7,10 +7,11 @@
 // compute dy^T x: 64 features of dy meet up to 256 of x in one instruction, which reads dy once for four panels of x;
 // shared memory could not feed narrower products and be filled at the same time. Two CTAs with the same slab of dy copy
 // it once for both. All CTAs pass through the tokens at about the same pace, so that memory is read once for a wave of
-// CTAs. With few tiles, a cluster of two or four shares one: each CTA takes its part of the chunks, and the sums are
+// CTAs. With few tiles, a cluster of two to five shares one: each CTA takes its part of the chunks, and the sums are
 // added at the end, in a fixed order, out of each other's shared memory. Units of 128 also serve smaller blocks where
-// most of a unit's blocks are present: all is computed, and what exists is stored. What bounds it: the tensor cores and
-// filling shared memory from L2, about equally; reading x and dy from memory at low density.
+// most of a unit's blocks are present, and units of 64 blocks of 32 where few are: all is computed, and what exists is
+// stored. What bounds it: the tensor cores and filling shared memory from L2, about equally; reading x and dy from
+// memory at low density.
 #pragma once
 
 #include "sddmm_common.cuh"

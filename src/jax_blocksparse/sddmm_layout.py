@@ -102,7 +102,7 @@ class SddmmLayout:
 
     @property
     def paired(self) -> bool:
-        """Whether two tiles that follow each other share slabs of dy. As in sddmm_common.cuh."""
+        """Whether two tiles that follow each other share slabs of dy. As in sddmm_launch.cuh."""
         if self.split == 1:
             return self.max_units > _LEAST_FOR_PAIRS
         sparse = 8 * self.max_units <= math.prod(self.units)
@@ -215,7 +215,10 @@ def choose_layout(in_features: int, out_features: int, block_size: int, nnz: int
 
 
 def _layouts(in_features: int, out_features: int, block_size: int, nnz: int) -> Iterator[SddmmLayout]:
-    for unit in sorted({max(16, block_size), 128}):
+    units = {max(16, block_size), 128}
+    if block_size == 32 and 16 * nnz <= math.prod(block_grid((in_features, out_features), block_size)):
+        units.add(64)  # few of which have more than one block
+    for unit in sorted(units):
         slab = max(64, unit)
         dy_slabs = -(-out_features // slab)
         # Of large units the kernels want strips of one slab, whose rows are units.
