@@ -11,6 +11,7 @@ import numpy as np
 _State = TypeVar("_State")
 
 _ALIGNMENT = 4  # integers: the kernels read four at a time
+_DIGIT = 16  # bits
 
 
 def keep_freed_memory() -> None:
@@ -26,12 +27,14 @@ def order_of(xp: ModuleType, key: jax.Array) -> jax.Array:
     """The stable order of integers."""
     if xp is not np:
         return xp.argsort(key, stable=True)
-    key = key.astype(np.int64)
-    bits = key.size.bit_length()
-    if key.size and -(2**62) >> bits < key.min() and key.max() < 2**62 >> bits:
-        # Sorting numbers that end in where they were takes a sixth of the time.
-        return np.sort(key << bits | np.arange(key.size)) & ((1 << bits) - 1)
-    return np.argsort(key, kind="stable")
+    if not key.size:
+        return np.zeros(0, np.int64)
+    # NumPy sorts numbers of 16 bits by counting them: a third of the time of sorting, with the keys, where they were.
+    key = key.astype(np.int64) - key.min()
+    order = np.argsort(key.astype(np.uint16), kind="stable")
+    for shift in range(_DIGIT, int(key.max()).bit_length(), _DIGIT):
+        order = order[np.argsort((key >> shift).astype(np.uint16)[order], kind="stable")]
+    return order
 
 
 def order_by(xp: ModuleType, major: jax.Array, minor: jax.Array, minors: int) -> jax.Array:

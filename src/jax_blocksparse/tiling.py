@@ -5,6 +5,7 @@ time, so the largest decides: they may be as large as it takes for the target nu
 larger. Size is the number of units and, for each row of slabs that a tile has a part of, what copying a slab costs.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -66,43 +67,52 @@ def even_tiles(
         up_to_size=count_up_to(xp, xp.where(index < end[-1], index + 1 + slab_cost * slabs, sizes), sizes),
     )
 
-    # Where the tile that begins with a unit ends at the latest, if tiles may have so many units and slabs.
     up_to_slab = count_up_to(xp, slabs, count + 1)
-    limits = np.array(layout.limits, np.int32).T[:, :, None]
-    ends = xp.minimum(index + limits[0], up_to_slab[xp.minimum(slabs - 1 + limits[1], count)])
-    ends = xp.minimum(ends, end[strip_of_unit])
-    if layout.crosses_strips:  # half of the product warps have those of either column
-        half, end_of_column = layout.capacity // 2, up_to_slab[slabs]
-        ends = xp.minimum(ends, end_of_column + xp.where(end_of_column - index > half, 0, half))
 
-    def count(sizes: jax.Array, ends: jax.Array, to: int | jax.Array = 1) -> jax.Array:
+    def ends_of(limits: jax.Array) -> jax.Array:
+        """Where the tile that begins with a unit ends at the latest, for rows of the most units and slabs of one."""
+        ends = xp.minimum(index + limits[:, :1], up_to_slab[xp.minimum(slabs - 1 + limits[:, 1:], count)])
+        ends = xp.minimum(ends, end[strip_of_unit])
+        if layout.crosses_strips:  # half of the product warps have those of either column
+            half, end_of_column = layout.capacity // 2, up_to_slab[slabs]
+            ends = xp.minimum(ends, end_of_column + xp.where(end_of_column - index > half, 0, half))
+        return ends
+
+    def count_tiles(sizes: jax.Array, ends: jax.Array, to: int | jax.Array = 1) -> jax.Array:
         """The tiles of each strip for rows of sizes, in multiples of a number."""
         return -(-_count_tiles(xp, units, sizes, ends, layout.tiles) // to) * to
 
+    def first_enough(tiles: Callable[[jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+        """The number of the first of some rows with which the target is enough, or how many rows there are."""
+        if xp is np:
+            enough = (tiles(rows[i : i + 1]).sum() <= layout.target for i in range(len(rows)))
+            return next((i for i, found in enumerate(enough) if found), len(rows))
+        enough = tiles(rows).sum(1) <= layout.target
+        return xp.where(enough.any(), xp.argmax(enough), len(rows))
+
     # The strictest limits with which the target is enough, else the last; and whether it is for even numbers of tiles.
-    tiles = count(xp.full((len(layout.limits), 1), largest), ends)
-    fits = tiles.sum(1) <= layout.target
-    best = xp.where(fits.any(), xp.argmax(fits), len(layout.limits) - 1)
-    ends, in_pairs = ends[best][None], layout.pairs_in_strips & ((tiles[best] + tiles[best] % 2).sum() <= layout.target)
+    limits = xp.asarray(layout.limits, np.int32)
+    any_size = xp.full((len(limits), 1), largest, np.int32)
+    best = first_enough(lambda limits: count_tiles(any_size[: len(limits)], ends_of(limits)), limits)
+    ends = ends_of(limits[xp.minimum(best, len(limits) - 1)][None])
+    in_pairs = layout.pairs_in_strips & (count_tiles(any_size[:1], ends, 2).sum() <= layout.target)
     together = xp.where(in_pairs, 2, 1)
 
     # The least size that the target allows, found to a quarter, a sixteenth, a 64th.
-    tries = xp.arange(4)
     size = least = xp.maximum(smallest, -(-(end[-1] + slab_cost * slabs[-1]) // layout.target))
     fitting = xp.full_like(least, largest)
     for fraction in (4, 16, 64):
-        sizes = xp.minimum(size + xp.maximum(1, least // fraction) * tries, largest)
-        fits = count(sizes[:, None], ends, together).sum(1) <= layout.target
-        first = xp.argmax(fits)
-        fitting = xp.where(fits.any(), sizes[first], fitting)
-        size = sizes[xp.where(fits.any(), xp.maximum(first - 1, 0), 3)]
+        sizes = xp.minimum(size + xp.maximum(1, least // fraction) * xp.arange(4), largest)
+        first = first_enough(lambda sizes: count_tiles(sizes, ends, together), sizes[:, None])
+        fitting = xp.where(first < 4, sizes[xp.minimum(first, 3)], fitting)
+        size = sizes[xp.maximum(first - 1, 0)]
 
     # For each strip the least that takes no more tiles.
-    tiles = count(fitting[None, None], ends, together)
+    tiles = count_tiles(fitting[None, None], ends, together)
     size_of_strip = end - units.begin + slab_cost * xp.diff(xp.pad(slabs, (1, 0))[xp.pad(end, (1, 0))])
     least = xp.clip(-(-size_of_strip // xp.maximum(1, tiles[0])), smallest, fitting)
     sizes = least + -(-(fitting - least) * xp.arange(4)[:, None] // 3)
-    fits = count(sizes, ends) <= tiles
+    fits = xp.pad(count_tiles(sizes[:3], ends) <= tiles, ((0, 1), (0, 0)), constant_values=True)
     sizes = xp.take_along_axis(sizes, xp.argmax(fits, 0)[None], 0)
     return new_unit & _begin_tiles(xp, units, sizes, ends, layout.tiles)[number]
 
