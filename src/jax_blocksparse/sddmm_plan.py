@@ -4,7 +4,8 @@ The kernels work on units: squares of features that are the pattern's blocks, or
 units are cut into strips, and the units of a strip, taken row by row, into tiles of about the same work, at most what a
 CTA's registers hold (`tiling.py`); tiles of units of 64 may end in the strip after the one they begin in. A tile needs
 some slabs of x and of dy: 64 neighbouring features (128 for units of 128). Everything here is static in size, so that a
-plan can be made by NumPy on the host or by jax.numpy under jit.
+plan can be made by NumPy on the host or by jax.numpy under jit. Remainders by powers of two are masks: NumPy takes
+16 times as long to divide.
 """
 
 import math
@@ -13,7 +14,7 @@ from types import ModuleType
 import jax
 import numpy as np
 
-from jax_blocksparse.arrays import changes, count_up_to, flatten, last_flagged, order_by, order_of, put_at, sum_at
+from jax_blocksparse.arrays import changes, count_at, count_up_to, flatten, last_flagged, order_by, order_of, put_at
 from jax_blocksparse.geometry import is_live
 from jax_blocksparse.sddmm_layout import SddmmLayout, SddmmPlan
 from jax_blocksparse.tiling import even_tiles
@@ -85,7 +86,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
         alike = (first_strip[:-1] == first_strip[other]) & (needed > 0).any(1)
         needed = xp.maximum(needed, xp.where(alike[:, None], needed[other], 0))
     exists = (needed > 0).astype(np.int32)
-    x_slabs = sum_at(xp, tile, new_slab, layout.tiles)
+    x_slabs = count_at(xp, xp.where(new_slab, tile, layout.tiles), layout.tiles)
     dy_ranks = x_slabs[:, None] + xp.cumsum(exists, 1, dtype=np.int32) - exists
     dy_rank = dy_ranks[xp.minimum(tile, layout.tiles - 1), in_tile]
 
@@ -97,7 +98,9 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
         xp.concatenate([x_slab, needed.ravel() - 1]),
         nowhere,
     )
-    x_place, dy_place = x_rank * per_slab + unit_row % per_slab, dy_rank * per_slab + unit_col % per_slab
+    x_place, dy_place = (
+        rank * per_slab + (unit & per_slab - 1) for rank, unit in ((x_rank, unit_row), (dy_rank, unit_col))
+    )
     slots = put_at(xp, xp.where(live, number, layout.max_units), x_place | dy_place << 16, layout.max_units)
     dy_set = (exists << xp.arange(layout.max_dy_slabs)).sum(1)
     counts, dy_set = (xp.pad(words, (0, 1)) for words in (x_slabs | exists.sum(1) << 8, dy_set))
@@ -106,7 +109,7 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
     eights = layout.block_size // 8
     rows_left = xp.minimum(eights, layout.in_features // 8 - rows * eights)
     cols_left = xp.minimum(eights, layout.out_features // 8 - cols * eights)
-    places = slot | rows % ratio << 8 | cols % ratio << 12 | rows_left << 16 | cols_left << 21
+    places = slot | (rows & ratio - 1) << 8 | (cols & ratio - 1) << 12 | rows_left << 16 | cols_left << 21
     plan = SddmmPlan(tiles, slabs, slots, order, xp.where(live, places, 0))
     return SddmmPlan(*(xp.reshape(a, shape).astype(np.int32) for a, shape in zip(plan, layout.shapes, strict=True)))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jax_blocksparse.arrays import count_up_to, put_at, sum_at
+from jax_blocksparse.arrays import count_at, count_up_to, put_at
 from jax_blocksparse.sddmm_layout import SddmmLayout
 
 
@@ -56,7 +56,7 @@ def even_tiles(
     place = xp.where(new_unit, number, count)
     strip_of_unit = put_at(xp, place, strip, count)
     slabs = xp.cumsum(put_at(xp, place, new_slab, count), dtype=np.int32)
-    end = xp.cumsum(sum_at(xp, strip, new_unit, strips), dtype=np.int32)
+    end = xp.cumsum(count_at(xp, xp.where(new_unit, strip, strips), strips), dtype=np.int32)
     most_slabs = min(count, layout.strips * (1 if layout.crosses_strips else layout.slab_rows))
     sizes = count + slab_cost * most_slabs + largest + 1
     units = _Units(
