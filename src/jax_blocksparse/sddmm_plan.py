@@ -98,9 +98,8 @@ def make_plan(rows: jax.Array, cols: jax.Array, layout: SddmmLayout, xp: ModuleT
         xp.concatenate([x_slab, needed.ravel() - 1]),
         nowhere,
     )
-    x_place, dy_place = (
-        rank * per_slab + (unit & per_slab - 1) for rank, unit in ((x_rank, unit_row), (dy_rank, unit_col))
-    )
+    x_place = x_rank * per_slab + (unit_row & per_slab - 1)
+    dy_place = dy_rank * per_slab + (unit_col & per_slab - 1)
     slots = put_at(xp, xp.where(live, number, layout.max_units), x_place | dy_place << 16, layout.max_units)
     dy_set = (exists << xp.arange(layout.max_dy_slabs)).sum(1)
     counts, dy_set = (xp.pad(words, (0, 1)) for words in (x_slabs | exists.sum(1) << 8, dy_set))

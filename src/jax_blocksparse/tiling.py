@@ -95,8 +95,9 @@ def even_tiles(
     any_size = xp.full((len(limits), 1), largest, np.int32)
     best = first_enough(lambda limits: count_tiles(any_size[: len(limits)], ends_of(limits)), limits)
     ends = ends_of(limits[xp.minimum(best, len(limits) - 1)][None])
-    in_pairs = layout.pairs_in_strips & (count_tiles(any_size[:1], ends, 2).sum() <= layout.target)
-    together = xp.where(in_pairs, 2, 1)
+    together = 1
+    if layout.pairs_in_strips:
+        together = xp.where(count_tiles(any_size[:1], ends, 2).sum() <= layout.target, 2, 1)
 
     # The least size that the target allows, found to a quarter, a sixteenth, a 64th.
     size = least = xp.maximum(smallest, -(-(end[-1] + slab_cost * slabs[-1]) // layout.target))
